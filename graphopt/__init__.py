@@ -1,0 +1,34 @@
+"""graphopt: torch.compile(model, backend="lowmem") trains the same model while autograd remembers fewer bytes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt import passes
+    from graphopt.capture import Capture, apply, capture
+    from graphopt.errors import CaptureError, GraphoptError, OptionsError, PassError
+    from graphopt.options import Options
+    from graphopt.report import Report, explain
+
+__version__ = "0.1.0"
+__all__ = [
+    "Capture", "CaptureError", "GraphoptError", "Options", "OptionsError", "PassError", "Report",
+    "__version__", "apply", "capture", "explain", "passes",
+]  # fmt: skip
+
+# the public names and where they live; loaded on first use, so that `import graphopt` stays cheap
+_HOMES = {
+    "Capture": "capture", "capture": "capture", "apply": "capture", "Report": "report", "explain": "report",
+    "Options": "options", "GraphoptError": "errors", "OptionsError": "errors", "PassError": "errors",
+    "CaptureError": "errors",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "passes":
+        return importlib.import_module("graphopt.passes")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"graphopt.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'graphopt' has no attribute {name!r}")

@@ -1,0 +1,100 @@
+"""The backends torch.compile finds by name.
+
+    forward graph ─ canonicalize ─ AOTAutograd ─▶ joint graph ─ share_norm ─ decompose ─ pack_mask ─ cut ─ lower ─▶
+    forward and backward graphs ─▶ Inductor, unmodified                                    (`lowmem`)
+                                 ─▶ run as they stand, node by node                         (`lowmem_eager`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+from graphopt import passes
+from graphopt.errors import OptionsError
+from graphopt.lowering.decompose import decompose, tracing_table
+from graphopt.options import Options, parse
+from graphopt.partition import cut
+from graphopt.pipeline import run
+
+
+def lowmem(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend of `torch.compile(model, backend="lowmem")`: Inductor, with fewer bytes kept for backward.
+
+    `mode` is one of Inductor's; `options` may hold graphopt's own keys (see `Options`) beside Inductor's. A graph without
+    gradients is compiled as under Inductor. Raises OptionsError for options that are not allowed, PassError for a bug.
+    """
+    own, patches = parse(options)
+    if "custom_partitioner_fn" in patches:
+        raise OptionsError("option 'custom_partitioner_fn': lowmem is a partitioner itself; use backend='inductor' for another")
+    patches = {**(list_mode_options(mode) if mode else {}), **patches, "custom_partitioner_fn": Partitioner(own)}
+    gm, _ = run(gm, example_inputs, passes.FORWARD, own.disable)
+    return compile_fx(gm, example_inputs, _inner_compile, config_patches=patches, decompositions=tracing_table())
+
+
+def lowmem_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`lowmem` without Inductor: the same passes and cut, the graphs run node by node. For tests and debugging."""
+    own, _ = parse(options)
+    gm, _ = run(gm, example_inputs, passes.FORWARD, own.disable)
+    compiler = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=Partitioner(own),
+        decompositions=tracing_table(),
+    )
+    return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+    """Joint passes, cut, cut passes: what AOTAutograd calls to split a joint graph. Picklable; a key of the caches."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        gm, _ = run(gm, joint_inputs, passes.JOINT, self.options.disable)
+        forward, backward = (run(half, (), passes.CUT)[0] for half in cut(gm, joint_inputs, **kwargs))
+        return forward, backward
+
+    def uuid(self) -> str:
+        return f"{_sources()}-{self.options}"
+
+
+def _inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    # a graph without gradients never met the partitioner, so its canonical operators are still whole
+    return compile_fx_inner(decompose(gm), example_inputs, **kwargs)
+
+
+@cache
+def _sources() -> str:
+    """A hash of graphopt's sources and of what they run on: two that differ never share a compiled graph."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    digest.update(f"{torch.__version__} {sys.version}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,179 @@
+"""What passes read off a joint graph and how they write into it: backward's share, bytes, origins, splicing."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils.checkpoint import CheckpointPolicy
+
+Decompositions = Mapping[Any, Callable[..., Any]]
+
+# what a spliced node takes over from the node it stands in for
+_INHERITED = (
+    "partitioner_tag", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack", "fwd_source_fn_stack",
+    "seq_nr", "recompute", "ac_graph_id", "custom",
+)  # fmt: skip
+
+
+def tensor(node: object) -> torch.Tensor | None:
+    """The fake tensor a node stands for; None for tuples, symbolic sizes and unannotated nodes."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def after_tangents(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that can only run in backward: those that a tangent reaches."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if tangent or node.meta.get("partitioner_tag") == "must_be_in_backward":
+            found.add(node)
+        elif node.op != "output" and any(argument in found for argument in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def in_backward(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that autograd made for backward, also those that a tangent does not reach (a cast of a mask, say)."""
+    tagged = {node for node in graph.nodes if node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")}
+    return tagged | after_tangents(graph)
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as a number; for a symbolic size the one of the first call."""
+    return size if isinstance(size, int) else int(size.node.hint if size.node.has_hint() else 1)
+
+
+def nbytes(value: torch.Tensor) -> int:
+    return math.prod(hint(size) for size in value.shape) * value.dtype.itemsize
+
+
+def storage_bytes(values: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages under `values`: a view and its base count once."""
+    sizes: dict[int, int] = {}
+    for value in values:
+        storage = value.untyped_storage()
+        sizes[storage._cdata] = max(sizes.get(storage._cdata, 0), nbytes(value))
+    return sum(sizes.values())
+
+
+def read_by_backward(graph: fx.Graph) -> list[fx.Node]:
+    """The forward tensors that backward reads as the graph stands, before any cut; inputs of the graph left out."""
+    backward = in_backward(graph)
+    return [
+        node
+        for node in graph.nodes
+        if node not in backward
+        and node.op == "call_function"
+        and tensor(node) is not None
+        and any(user in backward for user in node.users)
+    ]
+
+
+def in_checkpoint(node: fx.Node) -> bool:
+    """Whether the user checkpoints the region the node lies in: it is recomputed as a whole already."""
+    return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the module that made the node, as the user names it; empty where there is none."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    path = path.removeprefix("L['self']").removeprefix("._modules").lstrip(".")
+    return path.replace("._modules['", ".").replace("['", ".").replace("']", "").lstrip(".")
+
+
+def source_of(node: fx.Node) -> str:
+    """The user's line that made the node, "file.py:12  code"; empty where it is not known."""
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    for at, line in reversed(list(enumerate(lines))):
+        if line.strip().startswith("File "):
+            file, number = line.strip().removeprefix("File ").split(", ")[:2]
+            code = lines[at + 1].strip() if at + 1 < len(lines) else ""
+            name = file.strip('"').rpartition("/")[2]
+            return f"{name}:{number.removeprefix('line ')}  {code}"
+    return ""
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        value = tensor(node)
+        if value is not None and hasattr(value, "fake_mode"):
+            return value.fake_mode  # type: ignore[no-any-return]
+    raise ValueError("the graph's nodes carry no fake tensors in meta['val']")
+
+
+def splice(
+    graph: fx.Graph,
+    before: fx.Node,
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    *,
+    like: fx.Node,
+    decompositions: Decompositions | None = None,
+) -> Any:
+    """Trace `function` on what `arguments` stand for, insert its nodes ahead of `before`, return its output as nodes.
+
+    Nodes may lie anywhere in `arguments`; sizes that `function` reads off a tensor stay symbolic. The new nodes take
+    their place in forward or backward, their module and their source line from `like`.
+    """
+    leaves, spec = pytree.tree_flatten(tuple(arguments))
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+
+    def flat(*values: Any) -> Any:
+        given = iter(values)
+        filled = [next(given) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        result = function(*pytree.tree_unflatten(filled, spec))
+        return tuple(result) if isinstance(result, tuple) else result  # fx would make a node of a named tuple
+
+    with fake_mode(graph), torch.no_grad():
+        traced = make_fx(flat, decomposition_table=dict(decompositions or {}))(*[node.meta["val"] for node in nodes])
+    inputs = iter(nodes)
+    new: dict[fx.Node, fx.Node] = {}
+    result: Any = None
+    with graph.inserting_before(before):
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                new[node] = next(inputs)
+            elif node.op == "output":
+                result = fx.map_arg(node.args[0], lambda n: new[n])
+            else:
+                if node.op == "get_attr":
+                    raise ValueError(f"{function} makes a constant tensor, which cannot be spliced into a graph")
+                new[node] = graph.node_copy(node, lambda n: new[n])
+                inherit(new[node], like)
+    return result
+
+
+def inherit(node: fx.Node, like: fx.Node) -> None:
+    """Give a new node the place, module and source line of `like`."""
+    for key in _INHERITED:
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+        else:
+            node.meta.pop(key, None)
+    value = tensor(node)
+    if value is not None:
+        node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+
+
+def copy_node(node: fx.Node, before: fx.Node, replace: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A copy of `node` ahead of `before` that reads `replace[n]` where it read n."""
+    with node.graph.inserting_before(before):
+        new = node.graph.node_copy(node, lambda n: replace.get(n, n))
+    new.meta = dict(node.meta)
+    return new
+
+
+def outputs_of(node: fx.Node) -> dict[int, fx.Node]:
+    """The getitem nodes that read a node of several outputs, by index."""
+    return {int(user.args[1]): user for user in node.users if user.target is operator.getitem}  # type: ignore[arg-type]

@@ -1,0 +1,81 @@
+"""Which operators a joint graph keeps whole for the passes, and how they are spelt out once the passes have run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.graph import outputs_of, splice
+from graphopt.lowering import formulas, ops
+
+aten, own = torch.ops.aten, torch.ops.graphopt
+
+# kept out of the table that AOTAutograd traces with, so that a pass can name them
+CANONICAL = (
+    aten.gelu.default, aten.gelu_backward.default, aten.silu.default, aten.silu_backward.default,
+    aten.native_layer_norm.default, aten.native_layer_norm_backward.default,
+)  # fmt: skip
+
+
+@cache
+def inductor_table() -> dict[Any, Callable[..., Any]]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+@cache
+def tracing_table() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions without those of the canonical operators: what a joint graph is traced with."""
+    return {op: rule for op, rule in inductor_table().items() if op not in CANONICAL}
+
+
+@cache
+def _own_table() -> dict[Any, Callable[..., Any]]:
+    return {own.rms_norm.default: ops.rms_norm, own.rms_norm_backward.default: ops.rms_norm_backward}
+
+
+def decompose(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.GraphModule:
+    """Spell out the canonical operators that are left, with Inductor's own decompositions, node by node."""
+    table = {op: inductor_table()[op] for op in CANONICAL} | _own_table()
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in table:
+            inline(gm.graph, node, table[node.target])
+    gm.recompile()
+    return gm
+
+
+def inline(graph: fx.Graph, node: fx.Node, rule: Callable[..., Any]) -> None:
+    """Put the nodes of `rule` in the place of one node."""
+    result = splice(graph, node, lambda args, kwargs: rule(*args, **kwargs), (node.args, node.kwargs), like=node,
+                    decompositions=inductor_table())  # fmt: skip
+    replace(node, result)
+
+
+def replace(node: fx.Node, result: Any) -> None:
+    """Let the readers of `node` read `result` instead: a node, or one for each output. `node` is erased."""
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+    else:
+        for index, output in outputs_of(node).items():
+            output.replace_all_uses_with(result[index])
+            node.graph.erase_node(output)
+    node.graph.erase_node(node)
+
+
+def lower(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.GraphModule:
+    """Spell out `pack` and `unpack` in a graph that the cut has made; a pair that fell into one graph cancels."""
+    for node in [node for node in gm.graph.nodes if node.target is own.unpack.default]:
+        words = node.args[0]
+        if words.target is own.pack.default:
+            replace(node, words.args[0])
+    gm.graph.eliminate_dead_code()
+    for node in list(gm.graph.nodes):
+        if node.target in (own.pack.default, own.unpack.default):
+            inline(gm.graph, node, formulas.pack if node.target is own.pack.default else formulas.unpack)
+    gm.recompile()
+    return gm

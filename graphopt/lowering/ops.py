@@ -1,0 +1,67 @@
+"""graphopt's own operators: schema, fake implementation, reference in plain torch, derivative.
+
+They keep an idiom in one piece for as long as passes want to name it. `decompose` and `lower` spell them out before
+Inductor sees a graph; under `lowmem_eager` the reference runs as it stands.
+
+    rms_norm            y, rstd = x * rsqrt(mean(x^2) + eps) * weight over the last dims; y in x's dtype, rstd in float32
+    rms_norm_backward   dx, dweight; an output that `mask` leaves out is empty
+    pack, unpack        bool <-> one bit an element, in int32 words
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.lowering import formulas
+
+_library = torch.library.Library("graphopt", "DEF")
+
+
+def _define(schema: str, reference: Callable[..., Any]) -> None:
+    # the references use plain torch ops only, so the fake implementation is the reference itself
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"graphopt::{name}", reference, lib=_library)
+
+
+def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, rstd = formulas.norm(x, len(shape), weight, None, eps, centred=False, z_dtype=x.dtype)
+    return y, rstd
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, shape: Sequence[int], rstd: Tensor, weight: Tensor | None, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    z = x.to(rstd.dtype) * rstd
+    dx, dweight, _ = formulas.norm_backward(grad, z, rstd, weight, len(shape), centred=False, dtype=x.dtype)
+    return dx if mask[0] else x.new_empty(0), dweight if mask[1] else x.new_empty(0)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, shape, weight, _ = inputs
+    ctx.shape = shape
+    ctx.save_for_backward(x, output[1], weight)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    x, rstd, weight = ctx.saved_tensors
+    mask = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[2]]
+    dx, dweight = torch.ops.graphopt.rms_norm_backward(grad, x, ctx.shape, rstd, weight, mask)
+    return dx if mask[0] else None, None, dweight if mask[1] else None, None
+
+
+_define("rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, float eps) -> (Tensor, Tensor)", rms_norm)
+_define(
+    "rms_norm_backward(Tensor grad, Tensor x, SymInt[] normalized_shape, Tensor rstd, Tensor? weight, bool[2] mask)"
+    " -> (Tensor, Tensor)",
+    rms_norm_backward,
+)
+_define("pack(Tensor mask) -> Tensor", formulas.pack)
+_define("unpack(Tensor words, SymInt[] shape) -> Tensor", formulas.unpack)
+torch.library.register_autograd("graphopt::rms_norm", _differentiate, setup_context=_save_inputs, lib=_library)

@@ -1,0 +1,56 @@
+"""The two measures of training memory: bytes saved for backward, and the peak of a step."""
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
+
+
+def saved_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward, whole storages, aliases counted once.
+
+    `forward` runs once and returns what holds the graph, such as the loss; backward is not run.
+    `own` names what would be in memory anyway and is left out: parameters, buffers, inputs.
+    What an autograd.Function puts on its `ctx` without `save_for_backward` is not seen.
+    """
+    owned = {tensor.untyped_storage().data_ptr() for tensor in own}
+    saved: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    # what a branch saved that nothing reads is gone by now, and does not count
+    total = sum(0 if storage.expired() else size for storage, size in saved.values())  # type: ignore[no-untyped-call]
+    del output
+    return total
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device | str) -> int:
+    """Highest number of bytes allocated at once while `step` runs, above what was held when it began.
+
+    `step` runs once and should be warm. On a GPU this asks the caching allocator; on CPU it sums the
+    allocation events of torch.profiler, which see Inductor's buffers too, but no scratch memory of libraries.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - start
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    changes: list[int] = [event.nbytes() for event in events]
+    return max(accumulate(changes, initial=0))

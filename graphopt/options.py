@@ -1,0 +1,89 @@
+"""The options, checked on the spot. This is the only module that reads the environment."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from graphopt.errors import OptionsError
+
+ENVIRONMENT = "GRAPHOPT_OPTIONS"
+PRESETS = ("exact",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be set on `lowmem`, in `torch.compile(options=...)` or as JSON in the variable GRAPHOPT_OPTIONS.
+
+    preset   "exact": gradients equal stock Inductor's up to rounding order.
+    disable  names of passes to leave out, such as ("share_norm",).
+
+    Raises OptionsError for a value that is not allowed, naming those that are.
+    """
+
+    preset: str = "exact"
+    disable: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        from graphopt.passes import NAMES
+
+        _one_of("preset", self.preset, PRESETS)
+        if isinstance(self.disable, str) or not all(isinstance(name, str) for name in self.disable):
+            raise OptionsError(f"option 'disable' is a list of pass names, not {self.disable!r}")
+        for name in self.disable:
+            _one_of("disable", name, NAMES)
+        object.__setattr__(self, "disable", tuple(sorted(set(self.disable))))
+
+
+OWN = tuple(field.name for field in fields(Options))
+
+
+def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Split `options` into graphopt's own and Inductor's; without any, those of the environment are taken.
+
+    Raises OptionsError for a key that is neither, with the nearest ones that are.
+    """
+    import torch._inductor.config as inductor_config
+
+    given = dict(options) if options is not None else _environment()
+    own = {key: given.pop(key) for key in OWN if key in given}
+    known = inductor_config.get_config_copy() if given else {}
+    patches: dict[str, Any] = {}
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise OptionsError(_unknown(str(key), [*OWN, *known]))
+        patches[name] = value
+    return Options(**own), patches
+
+
+def _environment() -> dict[str, Any]:
+    text = os.environ.get(ENVIRONMENT, "")
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise OptionsError(f"{ENVIRONMENT} is not JSON ({error}): {text!r}") from None
+    if not isinstance(found, dict):
+        raise OptionsError(f'{ENVIRONMENT} must be a JSON object such as {{"preset": "exact"}}, not {text!r}')
+    return found
+
+
+def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionsError(f"option {option!r}: {_nearest(str(value), allowed)}; allowed: {', '.join(allowed)}")
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    return (
+        f"unknown option: {_nearest(key, known)}\n"
+        f"graphopt's own: {', '.join(OWN)}; every key of torch._inductor.config is passed on to Inductor"
+    )
+
+
+def _nearest(value: str, allowed: Any) -> str:
+    close = difflib.get_close_matches(value, allowed, n=2, cutoff=0.5)
+    return f"{value!r}" + (f" (did you mean {' or '.join(map(repr, close))}?)" if close else " is not known")
