@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt import passes
-    from graphopt.capture import Capture, apply, capture
+    from graphopt.tracer import Capture, apply, capture
     from graphopt.errors import CaptureError, GraphoptError, OptionsError, PassError
     from graphopt.options import Options
     from graphopt.report import Report, explain
@@ -20,7 +20,7 @@ __all__ = [
 
 # the public names and where they live; loaded on first use, so that `import graphopt` stays cheap
 _HOMES = {
-    "Capture": "capture", "capture": "capture", "apply": "capture", "Report": "report", "explain": "report",
+    "Capture": "tracer", "capture": "tracer", "apply": "tracer", "Report": "report", "explain": "report",
     "Options": "options", "GraphoptError": "errors", "OptionsError": "errors", "PassError": "errors",
     "CaptureError": "errors",
 }  # fmt: skip

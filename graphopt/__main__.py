@@ -22,7 +22,7 @@ def main() -> None:
         default="gpt2",
         help="gpt2 and llama read the source of Python's standard library, vit reads digits (default: %(default)s)",
     )
-    demo.add_argument("--steps", type=positive, help="training steps under each backend (default: the model's own)")
+    demo.add_argument("--steps", type=positive, default=150, help="training steps under each (default: %(default)s)")
     demo.add_argument(
         "--out", type=Path, default=Path("graphopt-demo"), help="folder written to (default: ./%(default)s)"
     )

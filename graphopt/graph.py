@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils.checkpoint import CheckpointPolicy
 
 Decompositions = Mapping[Any, Callable[..., Any]]
+
+_ROOT = re.compile(r"^L\['\w+'\]")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+).*\n(.*)')
+_TORCH = str(Path(torch.__file__).parent)
 
 # what a spliced node takes over from the node it stands in for
 _INHERITED = (
@@ -57,13 +63,14 @@ def nbytes(value: torch.Tensor) -> int:
     return math.prod(hint(size) for size in value.shape) * value.dtype.itemsize
 
 
+def storage(value: torch.Tensor) -> int:
+    """Which storage a fake tensor lies in: a view and its base answer the same."""
+    return value.untyped_storage()._cdata
+
+
 def storage_bytes(values: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages under `values`: a view and its base count once."""
-    sizes: dict[int, int] = {}
-    for value in values:
-        storage = value.untyped_storage()
-        sizes[storage._cdata] = max(sizes.get(storage._cdata, 0), nbytes(value))
-    return sum(sizes.values())
+    """Bytes of the distinct storages under `values`: what stays allocated while they live."""
+    return sum({storage(value): hint(value.untyped_storage().nbytes()) for value in values}.values())
 
 
 def read_by_backward(graph: fx.Graph) -> list[fx.Node]:
@@ -85,22 +92,19 @@ def in_checkpoint(node: fx.Node) -> bool:
 
 
 def module_of(node: fx.Node) -> str:
-    """The path of the module that made the node, as the user names it; empty where there is none."""
+    """The path of the module that made the node, as `named_modules` has it; empty where there is none."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
-    path = path.removeprefix("L['self']").removeprefix("._modules").lstrip(".")
-    return path.replace("._modules['", ".").replace("['", ".").replace("']", "").lstrip(".")
+    names: list[str] = re.findall(r"\w+", _ROOT.sub("", path).replace("_modules", ""))
+    return ".".join(names)
 
 
 def source_of(node: fx.Node) -> str:
-    """The user's line that made the node, "file.py:12  code"; empty where it is not known."""
-    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    for at, line in reversed(list(enumerate(lines))):
-        if line.strip().startswith("File "):
-            file, number = line.strip().removeprefix("File ").split(", ")[:2]
-            code = lines[at + 1].strip() if at + 1 < len(lines) else ""
-            name = file.strip('"').rpartition("/")[2]
-            return f"{name}:{number.removeprefix('line ')}  {code}"
+    """The user's line that made the node, "file.py:12  code", torch's own frames left out; empty if not known."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    for file, line, code in reversed(frames):
+        if not file.startswith(_TORCH):
+            return f"{Path(file).name}:{line}  {code.strip()}"
     return ""
 
 

@@ -28,16 +28,17 @@ def saved_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
     # what a branch saved that nothing reads is gone by now, and does not count
-    total = sum(0 if storage.expired() else size for storage, size in saved.values())  # type: ignore[no-untyped-call]
+    alive = [size for storage, size in saved.values() if not storage.expired()]  # type: ignore[no-untyped-call]
     del output
-    return total
+    return sum(alive)
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device | str) -> int:
     """Highest number of bytes allocated at once while `step` runs, above what was held when it began.
 
     `step` runs once and should be warm. On a GPU this asks the caching allocator; on CPU it sums the
-    allocation events of torch.profiler, which see Inductor's buffers too, but no scratch memory of libraries.
+    allocation events of torch.profiler, which see Inductor's buffers too, but no scratch memory of libraries
+    and no freeing of what was allocated before: drop old gradients first.
     """
     device = torch.device(device)
     if device.type == "cuda":

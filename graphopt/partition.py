@@ -17,7 +17,7 @@ from torch import fx
 from torch._functorch.partitioners import get_default_op_list, min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import storage_bytes, tensor
+from graphopt.graph import storage, tensor
 
 # functorch's heuristics against recomputation, by their names in torch._functorch.config
 HEURISTICS = {
@@ -63,17 +63,11 @@ def tag(graph: fx.Graph) -> None:
 
 
 def crossing(forward: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
-    """The saved tensors: forward's outputs past the user's own, inputs of the graph left out, a storage once."""
-    output = next(iter(reversed(forward.graph.nodes)))
-    inputs = {_storage(node) for node in forward.graph.nodes if node.op == "placeholder" and tensor(node) is not None}
+    """The saved tensors: forward's outputs past the user's own, inputs of the graph left out, each storage once."""
+    inputs = {storage(value) for node in forward.graph.nodes if node.op == "placeholder" and (value := tensor(node)) is not None}
     found: dict[int, fx.Node] = {}
-    for node in output.args[0][num_fwd_outputs:]:
-        if tensor(node) is not None and _storage(node) not in inputs:
-            kept = found.setdefault(_storage(node), node)
-            if storage_bytes([node.meta["val"]]) > storage_bytes([kept.meta["val"]]):
-                found[_storage(node)] = node
+    for node in forward.graph.output_node().args[0][num_fwd_outputs:]:
+        value = tensor(node)
+        if value is not None and storage(value) not in inputs:
+            found.setdefault(storage(value), node)
     return list(found.values())
-
-
-def _storage(node: fx.Node) -> int:
-    return node.meta["val"].untyped_storage()._cdata  # type: ignore[no-any-return]

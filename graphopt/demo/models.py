@@ -38,10 +38,10 @@ LLAMA = {
     "max_position_embeddings": LENGTH,
     "use_cache": False,
 }
-# every pixel is a token
+# four pixels are a token, and there is one of class
 VIT = {
     "image_size": 8,
-    "patch_size": 1,
+    "patch_size": 2,
     "num_channels": 1,
     "hidden_size": 256,
     "num_hidden_layers": 6,

@@ -67,7 +67,8 @@ def train(
     """Train model `name` for `steps` steps under `backend`, then measure; `on_step` hears the loss of every step."""
     model = build(name, seed).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
+    # ten steps of warm-up, then straight down to zero
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 10, 1 - i / steps))
     run = Run(backend, model, torch.compile(model, backend=backend), optimizer)
     torch.manual_seed(seed)
     # an empty cache, so that neither backend profits from kernels compiled before

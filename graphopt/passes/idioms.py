@@ -9,10 +9,10 @@ stands for any node, or, named `eps`, for a number.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ _FUNCTIONS = {getattr(place, name): op for name, op in _NAMES.items() for place 
 _MODULES = {nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.RMSNorm: "rms_norm"}
 _POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0, "reciprocal": -1.0}
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+# a factor and its power, or an operand and its sign
+Weighted = tuple[Any, float]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def spelled(node: object) -> str | None:
         return _MODULES.get(type(module_called(node)))  # type: ignore[arg-type]
     if node.op == "call_method":
         return _NAMES.get(str(node.target))
-    return _FUNCTIONS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
 
 
 def cast_to(node: object) -> torch.dtype | fx.Node | None:
@@ -137,100 +140,108 @@ def _node(wanted: Any, node: Any, found: Match) -> Iterator[Match]:
             yield found
     elif wanted.op == "placeholder":
         number = isinstance(node, (int, float)) or isinstance(value(node), torch.SymFloat)
-        if number == (wanted.target == "eps"):
-            bound = origin(node) if isinstance(node, fx.Node) else node
-            if found.names.setdefault(str(wanted.target), bound) == bound:
-                yield found
+        bound = origin(node) if isinstance(node, fx.Node) else node
+        name = str(wanted.target)
+        if number == (name == "eps") and found.names.get(name, bound) == bound:
+            yield Match({**found.names, name: bound}, found.interior, found.reductions)
     elif isinstance(node, fx.Node):
-        while cast_to(node) is not None:
-            found = found.inside(node)
-            node = node.args[0]
-            if not isinstance(node, fx.Node):
-                return
-        yield from _operation(wanted, node, found.inside(node))
+        passed = list(_through_casts(node))
+        yield from _operation(wanted, passed[-1], found.inside(*passed))
 
 
 def _operation(wanted: fx.Node, node: fx.Node, found: Match) -> Iterator[Match]:
     kind = spelled(wanted)
-    if (product := _product(wanted)) is not None:
-        if (other := _product(node)) is None or not math.isclose(product[0], other[0], rel_tol=1e-6):
-            return
-        # operations before parameters: they settle what the parameters stand for
-        factors = sorted(product[1], key=lambda factor: factor[0].op == "placeholder")
-        yield from _factors(factors, other[1], found.inside(*other[2]))
+    if (product := _pattern_product(wanted)) is not None:
+        other = _product(node)
+        if other is not None and math.isclose(product[0], other[0], rel_tol=1e-6):
+            yield from _paired(product[1], other[1], found.inside(*other[2]))
+    elif kind != spelled(node) and {kind, spelled(node)} != {"add", "sub"}:
+        return
     elif kind in ("add", "sub"):
-        operands = _operands(wanted)
-        for order in itertools.permutations(_operands(node) if spelled(node) in ("add", "sub") else ()):
-            yield from _factors(operands, list(order), found)
-    elif kind == spelled(node) and node.op != "call_module":
+        yield from _paired(_operands(wanted), _operands(node), found)
+    elif kind in ("mean", "var", "rms_norm") or len(node.args) + len(node.kwargs) == 1:
         if kind in ("mean", "var"):
             found = Match(found.names, found.interior, (*found.reductions, node))
-        elif len(node.args) != len(wanted.args) and kind != "rms_norm":
-            return
         yield from _node(wanted.args[0], node.args[0] if node.args else node.kwargs.get("input"), found)
-    elif kind == spelled(node) and node.args:
-        yield from _node(wanted.args[0], node.args[0], found)
 
 
-def _factors(wanted: list[tuple[Any, float]], given: list[tuple[Any, float]], found: Match) -> Iterator[Match]:
-    if len(wanted) != len(given):
-        return
-    if not wanted:
+def _paired(wanted: Sequence[Weighted], given: Sequence[Weighted], found: Match) -> Iterator[Match]:
+    if not wanted and not given:
         yield found
-        return
-    (first, power), rest = wanted[0], wanted[1:]
-    for at, (node, other) in enumerate(given):
-        if power == other:
-            start = Match(dict(found.names), found.interior, found.reductions)
-            for settled in _node(first, node, start):
-                yield from _factors(rest, given[:at] + given[at + 1 :], settled)
+    elif len(wanted) == len(given):
+        # operations before parameters: they settle what the parameters stand for
+        (first, power), *rest = sorted(wanted, key=lambda each: getattr(each[0], "op", "") == "placeholder")
+        for at, (node, other) in enumerate(given):
+            if power == other:
+                for settled in _node(first, node, found):
+                    yield from _paired(rest, [*given[:at], *given[at + 1 :]], settled)
 
 
-def _operands(node: fx.Node) -> list[tuple[Any, float]]:
-    # the two sides of a sum with their signs; a number takes its sign in, operations come first
+def _operands(node: fx.Node) -> list[Weighted]:
+    # the two sides of a sum with their signs; a number takes its sign in
     if node.kwargs or len(node.args) != 2:
         return []
-    second = -1.0 if spelled(node) == "sub" else 1.0
-    sides = [(node.args[0], 1.0), (node.args[1], second)]
-    sides = [(s * sign, 1.0) if isinstance(s, (int, float)) else (s, sign) for s, sign in sides]  # type: ignore[operator]
-    return sorted(sides, key=lambda side: not isinstance(side[0], fx.Node) or side[0].op == "placeholder")
+    sides = zip(node.args, (1.0, -1.0 if spelled(node) == "sub" else 1.0))
+    return [(side * sign, 1.0) if isinstance(side, (int, float)) else (side, sign) for side, sign in sides]
 
 
-def _product(root: fx.Node) -> tuple[float, list[tuple[fx.Node, float]], list[fx.Node]] | None:
+def _product(root: fx.Node) -> tuple[float, list[Weighted], list[fx.Node]] | None:
     """A node as coefficient, factors and the nodes multiplied through; None where it is no product."""
-    coefficient, inside = 1.0, []
-    factors: dict[fx.Node, tuple[fx.Node, float]] = {}
+    coefficient = 1.0
+    inside: list[fx.Node] = []
+    factors: dict[fx.Node, Weighted] = {}
 
-    def take(node: Any, power: float) -> bool:
+    def take(node: Any, power: float) -> None:
         nonlocal coefficient
         if isinstance(node, (int, float)):
-            coefficient *= float(node) ** power if node > 0 or (node and power.is_integer()) else math.nan
-            return True
-        if not isinstance(node, fx.Node):
-            return False
+            coefficient *= _raised(node, power)
+            return
         # only below a whole power: (ab)^n = a^n b^n and (v^k)^n = v^(kn) hold for every real there
         passed = list(_through_casts(node))
-        if power.is_integer() and all(len(each.users) == 1 for each in passed) and multiply(passed[-1], power):
+        apart = (
+            power.is_integer() and len(inside) < 64 and (_single(passed) or spelled(passed[-1]) in ("sqrt", "rsqrt"))
+        )
+        parts = _parts(passed[-1]) if apart else ()
+        if parts:
             inside.extend(passed)
-            return True
-        key = origin(node)
-        factors[key] = (node, factors[key][1] + power if key in factors else power)
-        return True
+            for part, inner in parts:
+                take(part, power * inner)
+        else:
+            key = origin(node)
+            factors[key] = (node, power + (factors[key][1] if key in factors else 0.0))
 
-    def multiply(node: fx.Node, power: float) -> bool:
-        nonlocal coefficient
-        kind, arguments = spelled(node), node.args
-        if node.kwargs or kind not in ("mul", "div", "neg", "pow", *_POWERS):
-            return False
-        if kind in ("mul", "div") and len(arguments) == 2:
-            return take(arguments[0], power) and take(arguments[1], -power if kind == "div" else power)
-        if kind == "neg":
-            coefficient *= (-1.0) ** power
-            return take(arguments[0], power)
-        exponent = _POWERS.get(kind, arguments[1] if len(arguments) == 2 else None)
-        return isinstance(exponent, (int, float)) and take(arguments[0], power * float(exponent))
+    for part, power in _parts(root):
+        take(part, power)
+    return (coefficient, list(factors.values()), inside) if _parts(root) else None
 
-    return (coefficient, list(factors.values()), inside) if multiply(root, 1.0) else None
+
+_pattern_product = functools.cache(_product)
+
+
+def _parts(node: fx.Node) -> list[Weighted]:
+    # one multiplication, division or power taken apart; nothing for any other operation
+    kind, arguments = spelled(node), node.args
+    if node.kwargs or not arguments or not all(isinstance(each, (int, float, fx.Node)) for each in arguments):
+        return []
+    if kind in ("mul", "div") and len(arguments) == 2:
+        return [(arguments[0], 1.0), (arguments[1], -1.0 if kind == "div" else 1.0)]
+    if kind == "neg":
+        return [(-1.0, 1.0), (arguments[0], 1.0)]
+    if kind == "pow" and len(arguments) == 2 and isinstance(arguments[1], (int, float)):
+        return [(arguments[0], float(arguments[1]))]
+    return [(arguments[0], _POWERS[kind])] if kind in _POWERS and isinstance(arguments[0], fx.Node) else []
+
+
+def _single(nodes: Sequence[fx.Node]) -> bool:
+    return all(len(node.users) == 1 for node in nodes)
+
+
+def _raised(number: float, power: float) -> float:
+    # nan, which matches nothing, where the power is no finite real
+    try:
+        return math.pow(number, power)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _through_casts(node: fx.Node) -> Iterator[fx.Node]:

@@ -1,0 +1,174 @@
+"""The FX tracer: a model and its inputs -> the forward graph, the joint graph and the tensors saved between them.
+
+    capture = graphopt.capture(model, *inputs)
+    capture.forward.print_readable()          # what Dynamo hands a backend
+    capture.joint.print_readable()            # ATen forward + backward, gelu, silu and the norms in one piece
+    for tensor in capture.saved: ...          # what stock Inductor keeps for backward
+    capture.saved_after(share_norm)           # what it keeps once the pass has run
+
+Nothing of the model is executed and nothing is allocated for it, so under FakeTensorMode any size will do.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import ShortenTraceback, Unsupported
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.virtualized import V
+
+from graphopt import passes
+from graphopt.errors import CaptureError, GraphoptError
+from graphopt.graph import fake_mode, hint, module_of, source_of, storage_bytes
+from graphopt.lowering.decompose import decompose, inductor_table, tracing_table
+from graphopt.partition import crossing, cut
+from graphopt.pipeline import Pass, PassRecord, run
+
+Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A forward value that autograd keeps until backward has read it.
+
+    `bytes` is what its storage takes, which is more than the shape says where it is a view of a larger tensor.
+    `module` and `source` made it; `readers` are the modules whose backward reads it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+    operator: str
+    module: str
+    source: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One training graph of a model, as the backend meets it."""
+
+    forward: fx.GraphModule
+    joint: fx.GraphModule
+    saved: tuple[SavedTensor, ...]
+    records: tuple[PassRecord, ...]
+    example_inputs: tuple[Any, ...]
+    partition_arguments: dict[str, Any]
+
+    def rewritten(self, *passes: Pass, disable: Iterable[str] = ()) -> tuple[fx.GraphModule, list[PassRecord]]:
+        """A copy of the joint graph after `passes`, and what each of them did."""
+        return run(_copy(self.joint), self.example_inputs, passes, disable)
+
+    def saved_after(self, *passes: Pass) -> tuple[SavedTensor, ...]:
+        """The tensors saved when `passes` have run on the joint graph and graphopt's cut has split it."""
+        return self.cut(self.rewritten(*passes)[0])
+
+    def cut(self, joint: fx.GraphModule) -> tuple[SavedTensor, ...]:
+        """The tensors saved when graphopt's cut splits a rewritten copy of the joint graph."""
+        return _saved(decompose(_copy(joint)), self.example_inputs, cut, self.partition_arguments)
+
+
+def capture(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Capture:
+    """Trace one training step of `model(*inputs, **kwargs)`, without running it.
+
+    Raises CaptureError if the model breaks into several graphs (naming the line), or if nothing in it needs a gradient.
+    """
+    forward, example_inputs = _forward_graph(model, inputs, kwargs)
+    stock, arguments = _joint_graph(_copy(forward), example_inputs, inductor_table())
+    saved = _saved(stock, example_inputs, min_cut_rematerialization_partition, arguments)
+    canonical, records = run(_copy(forward), example_inputs, passes.FORWARD)
+    joint, arguments = _joint_graph(canonical, example_inputs, tracing_table())
+    return Capture(forward, joint, saved, tuple(records), tuple(example_inputs), arguments)
+
+
+def apply(gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass] | None = None) -> fx.GraphModule:
+    """Run passes on a joint graph of forward and backward, for use inside another compiler. The graph is changed in place.
+
+    `passes` defaults to graphopt's own for joint graphs. The operators pack and unpack that are left in the two graphs
+    after the caller's partitioner are spelt out by `graphopt.passes.lower`. Raises PassError, naming the pass.
+    """
+    from graphopt.passes import JOINT
+
+    return run(gm, example_inputs, JOINT if passes is None else tuple(passes))[0]
+
+
+class _Stop(ShortenTraceback):
+    """Leaves Dynamo or AOTAutograd once the graph is there."""
+
+    def __init__(self, *found: Any) -> None:
+        super().__init__(first_useful_frame=None)
+        self.found = found
+
+
+def _forward_graph(
+    model: Callable[..., Any], inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[fx.GraphModule, list[Any]]:
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        raise _Stop(gm, example_inputs)
+
+    try:
+        with torch.enable_grad():
+            torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **kwargs)
+    except _Stop as stop:
+        return stop.found  # type: ignore[return-value]
+    except Unsupported as error:
+        raise CaptureError(f"the model does not form one graph: {error}") from None
+    raise CaptureError("the model does no work on tensors that torch.compile could trace")
+
+
+def _joint_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], table: Any
+) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """The joint graph a partitioner is given, after Inductor's own passes on it, and the partitioner's arguments."""
+
+    def partition(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        with V.set_fake_mode(fake_mode(joint.graph)):
+            joint_graph_passes(joint)
+        raise _Stop(joint, kwargs)
+
+    def no_gradient(graph: fx.GraphModule, _: Any) -> Any:
+        raise CaptureError("nothing that the model returns needs a gradient: there is no backward to save tensors for")
+
+    compiler = aot_autograd(
+        fw_compiler=make_boxed_func, inference_compiler=no_gradient, partition_fn=partition, decompositions=table
+    )
+    try:
+        with torch.enable_grad():
+            compiler(gm, example_inputs)
+    except _Stop as stop:
+        return stop.found  # type: ignore[return-value]
+    raise GraphoptError("AOTAutograd did not partition the graph")
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    if output is not None:
+        graph.output(output[0])
+        next(iter(reversed(graph.nodes))).meta = dict(output[1].meta)
+    return fx.GraphModule(gm, graph)
+
+
+def _saved(
+    joint: fx.GraphModule, example_inputs: Sequence[object], partition: Partition, arguments: dict[str, Any]
+) -> tuple[SavedTensor, ...]:
+    forward, backward = partition(_copy(joint), example_inputs, **arguments)
+    placeholders = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
+    return tuple(_describe(node, placeholders[node.name]) for node in crossing(forward, arguments["num_fwd_outputs"]))
+
+
+def _describe(node: fx.Node, in_backward: fx.Node) -> SavedTensor:
+    value, maker = node.meta["val"], node.args[0] if node.target is operator.getitem else node
+    shape, size = tuple(hint(size) for size in value.shape), storage_bytes([value])
+    name = str(getattr(maker.target, "overloadpacket", maker.target))  # type: ignore[union-attr]
+    readers = tuple(sorted({module_of(user) for user in in_backward.users} - {""}))
+    return SavedTensor(node.name, shape, value.dtype, size, name, module_of(node), source_of(node), readers)
