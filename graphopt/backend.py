@@ -1,8 +1,8 @@
 """The backends torch.compile finds by name.
 
-    forward graph ─ canonicalize ─ AOTAutograd ─▶ joint graph ─ share_norm ─ decompose ─ pack_mask ─ cut ─ lower ─▶
-    forward and backward graphs ─▶ Inductor, unmodified                                    (`lowmem`)
-                                 ─▶ run as they stand, node by node                         (`lowmem_eager`)
+    forward graph ─ canonicalize ─ AOTAutograd ─▶ joint graph ─ share_norm ─ decompose ─ cut ─ pack_mask ─ cut ─ lower ─▶
+    forward and backward graphs ─▶ Inductor, unmodified                                           (`lowmem`)
+                                 ─▶ run as they stand, node by node                                (`lowmem_eager`)
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt import passes
 from graphopt.errors import OptionsError
+from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
-from graphopt.partition import cut
-from graphopt.pipeline import run
+from graphopt.partition import cut, mark, saved_bytes
+from graphopt.pipeline import PassRecord, run
 
 
 def lowmem(
@@ -68,6 +69,21 @@ def lowmem_eager(
     return compiler(gm, example_inputs)  # type: ignore[no-any-return]
 
 
+def split(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, **kwargs: Any
+) -> tuple[fx.GraphModule, fx.GraphModule, list[PassRecord]]:
+    """Rewrite a joint graph, cut it, rewrite what the cut saves, and cut again if that took fewer bytes."""
+    gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
+    halves = cut(copy(gm), joint_inputs, **kwargs)
+    mark(gm, halves[0], kwargs["num_fwd_outputs"])
+    gm, more = run(gm, joint_inputs, passes.SAVED, options.disable)
+    if any(record.fired for record in more):
+        again = cut(gm, joint_inputs, **kwargs)
+        if saved_bytes(again[0], kwargs["num_fwd_outputs"]) < saved_bytes(halves[0], kwargs["num_fwd_outputs"]):
+            halves = again
+    return *halves, records + more
+
+
 class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
     """Joint passes, cut, cut passes: what AOTAutograd calls to split a joint graph. Picklable; a key of the caches."""
 
@@ -77,9 +93,8 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        gm, _ = run(gm, joint_inputs, passes.JOINT, self.options.disable)
-        forward, backward = (run(half, (), passes.CUT)[0] for half in cut(gm, joint_inputs, **kwargs))
-        return forward, backward
+        forward, backward, _ = split(gm, joint_inputs, self.options, **kwargs)
+        return run(forward, (), passes.HALVES)[0], run(backward, (), passes.HALVES)[0]
 
     def uuid(self) -> str:
         return f"{_sources()}-{self.options}"

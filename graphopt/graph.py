@@ -108,6 +108,15 @@ def source_of(node: fx.Node) -> str:
     return ""
 
 
+def copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of its own nodes, under the same names, over the same parameters and fake tensors."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    if output is not None:
+        graph.output(output[0]).meta = dict(output[1].meta)  # type: ignore[index, union-attr]
+    return fx.GraphModule(gm, graph)
+
+
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     for node in graph.nodes:
         value = tensor(node)

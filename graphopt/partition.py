@@ -17,7 +17,9 @@ from torch import fx
 from torch._functorch.partitioners import get_default_op_list, min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import storage, tensor
+from graphopt.graph import storage, storage_bytes, tensor
+
+SAVED = "graphopt_saved"  # the mark in node.meta of what a cut saves
 
 # functorch's heuristics against recomputation, by their names in torch._functorch.config
 HEURISTICS = {
@@ -60,6 +62,18 @@ def tag(graph: fx.Graph) -> None:
         random = torch.Tag.nondeterministic_seeded in node.target.tags
         if random or not (known.is_recomputable(node) or known.is_view(node)):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def mark(gm: fx.GraphModule, forward: fx.GraphModule, num_fwd_outputs: int) -> None:
+    """Mark in the joint graph what crosses in a cut of it, for passes that act on saved tensors only."""
+    names = {node.name for node in crossing(forward, num_fwd_outputs)}
+    for node in gm.graph.nodes:
+        if node.name in names:
+            node.meta[SAVED] = True
+
+
+def saved_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
+    return storage_bytes(node.meta["val"] for node in crossing(forward, num_fwd_outputs))
 
 
 def crossing(forward: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:

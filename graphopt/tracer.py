@@ -26,13 +26,14 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
 
 from graphopt import passes
+
+from graphopt.backend import split
 from graphopt.errors import CaptureError, GraphoptError
-from graphopt.graph import fake_mode, hint, module_of, source_of, storage_bytes
+from graphopt.graph import copy, fake_mode, hint, module_of, source_of, storage_bytes
 from graphopt.lowering.decompose import decompose, inductor_table, tracing_table
+from graphopt.options import Options
 from graphopt.partition import crossing, cut
 from graphopt.pipeline import Pass, PassRecord, run
-
-Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,18 @@ class Capture:
     forward: fx.GraphModule
     joint: fx.GraphModule
     saved: tuple[SavedTensor, ...]
-    records: tuple[PassRecord, ...]
     example_inputs: tuple[Any, ...]
     partition_arguments: dict[str, Any]
 
+    def lowmem(self, options: Options = Options()) -> tuple[tuple[SavedTensor, ...], tuple[PassRecord, ...]]:  # noqa: B008
+        """The tensors that `backend="lowmem"` saves, and what every pass did."""
+        _, records = run(copy(self.forward), self.example_inputs, passes.FORWARD, options.disable)
+        forward, backward, more = split(copy(self.joint), self.example_inputs, options, **self.partition_arguments)
+        return _saved(forward, backward, self.partition_arguments), (*records, *more)
+
     def rewritten(self, *passes: Pass, disable: Iterable[str] = ()) -> tuple[fx.GraphModule, list[PassRecord]]:
         """A copy of the joint graph after `passes`, and what each of them did."""
-        return run(_copy(self.joint), self.example_inputs, passes, disable)
+        return run(copy(self.joint), self.example_inputs, passes, disable)
 
     def saved_after(self, *passes: Pass) -> tuple[SavedTensor, ...]:
         """The tensors saved when `passes` have run on the joint graph and graphopt's cut has split it."""
@@ -74,7 +80,8 @@ class Capture:
 
     def cut(self, joint: fx.GraphModule) -> tuple[SavedTensor, ...]:
         """The tensors saved when graphopt's cut splits a rewritten copy of the joint graph."""
-        return _saved(decompose(_copy(joint)), self.example_inputs, cut, self.partition_arguments)
+        halves = cut(decompose(copy(joint)), self.example_inputs, **self.partition_arguments)
+        return _saved(*halves, self.partition_arguments)
 
 
 def capture(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Capture:
@@ -83,22 +90,23 @@ def capture(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Capture:
     Raises CaptureError if the model breaks into several graphs (naming the line), or if nothing in it needs a gradient.
     """
     forward, example_inputs = _forward_graph(model, inputs, kwargs)
-    stock, arguments = _joint_graph(_copy(forward), example_inputs, inductor_table())
-    saved = _saved(stock, example_inputs, min_cut_rematerialization_partition, arguments)
-    canonical, records = run(_copy(forward), example_inputs, passes.FORWARD)
+    stock, arguments = _joint_graph(copy(forward), example_inputs, inductor_table())
+    saved = _saved(*min_cut_rematerialization_partition(stock, example_inputs, **arguments), arguments)
+    canonical, _ = run(copy(forward), example_inputs, passes.FORWARD)
     joint, arguments = _joint_graph(canonical, example_inputs, tracing_table())
-    return Capture(forward, joint, saved, tuple(records), tuple(example_inputs), arguments)
+    return Capture(forward, joint, saved, tuple(example_inputs), arguments)
 
 
 def apply(gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass] | None = None) -> fx.GraphModule:
     """Run passes on a joint graph of forward and backward, for use inside another compiler. The graph is changed in place.
 
-    `passes` defaults to graphopt's own for joint graphs. The operators pack and unpack that are left in the two graphs
-    after the caller's partitioner are spelt out by `graphopt.passes.lower`. Raises PassError, naming the pass.
+    `passes` defaults to all of graphopt's for joint graphs. What pack_mask adds is spelt out by `graphopt.passes.lower`,
+    to be run on the caller's forward and backward graphs. Raises PassError, naming the pass that failed.
     """
-    from graphopt.passes import JOINT
+    return run(gm, example_inputs, tuple(passes) if passes is not None else _DEFAULT)[0]
 
-    return run(gm, example_inputs, JOINT if passes is None else tuple(passes))[0]
+
+_DEFAULT = (*passes.JOINT, *passes.SAVED)
 
 
 class _Stop(ShortenTraceback):
@@ -149,19 +157,9 @@ def _joint_graph(
     raise GraphoptError("AOTAutograd did not partition the graph")
 
 
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    if output is not None:
-        graph.output(output[0])
-        next(iter(reversed(graph.nodes))).meta = dict(output[1].meta)
-    return fx.GraphModule(gm, graph)
-
-
 def _saved(
-    joint: fx.GraphModule, example_inputs: Sequence[object], partition: Partition, arguments: dict[str, Any]
+    forward: fx.GraphModule, backward: fx.GraphModule, arguments: dict[str, Any]
 ) -> tuple[SavedTensor, ...]:
-    forward, backward = partition(_copy(joint), example_inputs, **arguments)
     placeholders = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
     return tuple(_describe(node, placeholders[node.name]) for node in crossing(forward, arguments["num_fwd_outputs"]))
 

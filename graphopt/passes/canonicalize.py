@@ -12,7 +12,6 @@ Without metadata and without example inputs a floating point input is assumed.
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -24,16 +23,26 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import is_concrete_int, statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, is_concrete_int, statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphopt.lowering import ops  # noqa: F401  (registers graphopt.rms_norm)
-from graphopt.passes.idioms import Match, cast_to, match, module_called, origin, pattern, reduced, spelled, value
+from graphopt.passes.idioms import (
+    Match,
+    cast_to,
+    interferes,
+    match,
+    module_called,
+    origin,
+    pattern,
+    reduced,
+    spelled,
+    value,
+)
 from graphopt.pipeline import fired, left_alone
 
 SCALE = (2 / math.pi) ** 0.5
-_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode")
 
 
 class Reason(str):
@@ -102,14 +111,14 @@ def _normalized(write: Writer) -> Sequence[int | fx.Node] | Reason:
     """The sizes of the dims a norm reduces, checked to be x's last and the weight's only ones."""
     x, known = write.x, value(write.x)
     affine = [write.found.names[name] for name in ("w", "b") if name in write.found.names]
-    parsed = [reduced(node) for node in write.found.reductions]
-    if None in parsed or not all(keepdim for _, keepdim, _ in filter(None, parsed)):
+    parsed = [each for each in map(reduced, write.found.reductions) if each is not None and each[1]]
+    if len(parsed) < len(write.found.reductions):
         return Reason("its mean drops the dims it is taken over")
-    if any(correction for _, _, correction in filter(None, parsed)):
+    if any(correction for _, _, correction in parsed):
         return Reason("its variance is unbiased, a norm's is not")
     rank = known.dim() if isinstance(known, Tensor) else 0
-    dims = {tuple(sorted(dim - rank if rank and dim >= 0 else dim for dim in each[0])) for each in filter(None, parsed)}
-    last = tuple(range(-len(min(dims)), 0))
+    dims = {tuple(sorted(dim - rank if rank and dim >= 0 else dim for dim in each)) for each, _, _ in parsed}
+    last = tuple(range(-len(parsed[0][0]), 0))
     if dims != {last} or not last:
         return Reason("it does not normalise over the last dims")
     shapes = [each.shape for each in map(_parameter, affine) if isinstance(each, Tensor)]
@@ -142,7 +151,7 @@ def _number(eps: Any) -> float:
     return float(value(eps) if isinstance(eps, fx.Node) else eps)
 
 
-def _rms(write: Writer, shape: Sequence[Any], weight: Any, eps: Any) -> fx.Node | Reason:
+def _rms(write: Writer, shape: Any, weight: Any, eps: Any) -> fx.Node | Reason:
     own = torch.ops.graphopt.rms_norm.default
     return write.write(lambda x: write.call(operator.getitem, write.call(own, x, shape, weight, _number(eps)), 0))
 
@@ -158,9 +167,12 @@ def torch_rms_norm(write: Writer) -> fx.Node | Reason:
     node = next(each for each in sorted(write.found.interior) if cast_to(each) is None)
     shape: Any
     eps: Any
+    weight: Any = None
     if (module := module_called(node)) is not None:
         shape, eps = module.normalized_shape, module.eps
-        weight: Any = write.graph.get_attr(f"{node.target}.weight") if module.weight is not None else None
+        if module.weight is not None:
+            weight = write.graph.get_attr(f"{node.target}.weight")
+            write.made.append(weight)
     else:
         given = {**dict(zip(("input", "normalized_shape", "weight", "eps"), node.args)), **node.kwargs}
         shape, weight, eps = given["normalized_shape"], given.get("weight"), given.get("eps")
@@ -299,14 +311,17 @@ def _illegal(root: fx.Node, found: Match) -> Reason | None:
         return Reason("a value inside the formula has another reader")
     node = min(found.interior)
     while node is not root:
-        if _switches(node):
+        if interferes(node):
             return Reason(f"{node.name} changes a tensor or a mode inside the formula")
         node = node.next
     if any(is_traceable_wrapper_subclass(value(each)) for each in found.names.values()):
         return Reason("its tensors are of a subclass, which the op need not know")
+    if free_unbacked_symbols(value(found.names.get("eps"))):
+        return Reason("its eps is read off a tensor")
     before, after = value(x), value(root)
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        return None
+        rounds = any(cast_to(node) in (torch.float16, torch.bfloat16) for node in inner)
+        return Reason("it rounds to half precision on purpose") if rounds else None
     if not before.is_floating_point() or not after.is_floating_point():
         return Reason(f"it takes {before.dtype} to {after.dtype}, not floating point to floating point")
     if cast_to(x) is not None and getattr(value(x.args[0]), "dtype", None) == torch.float64:
@@ -316,23 +331,6 @@ def _illegal(root: fx.Node, found: Match) -> Reason | None:
         if dtype != after.dtype and torch.promote_types(dtype, before.dtype) != dtype:
             return Reason(f"it rounds to {dtype} on purpose")
     return None
-
-
-def _switches(node: fx.Node) -> bool:
-    # whether a node writes into a tensor, or turns grad or autocast on or off
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if node.op == "call_module":
-        return bool(getattr(module_called(node), "inplace", False))
-    if name in _MODES or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")):
-        return True
-    if node.op != "call_function":
-        return name == "__setitem__"
-    if name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor"):
-        return True
-    if getattr(node.target, "__module__", "") != F.__name__:
-        return False
-    bound = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    return bound.arguments.get("inplace", False) is not False
 
 
 def _erase(root: fx.Node, found: Match) -> set[fx.Node]:

@@ -30,6 +30,21 @@ _PLACES = (operator, torch, F, torch.special)
 _FUNCTIONS = {getattr(place, name): op for name, op in _NAMES.items() for place in _PLACES if hasattr(place, name)}
 _MODULES = {nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.RMSNorm: "rms_norm"}
 _POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0, "reciprocal": -1.0}
+_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode")
+_WRITES = (
+    "setitem",
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "ipow",
+    "imod",
+    "iand",
+    "ior",
+    "ixor",
+    "__setitem__",
+)
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 # a factor and its power, or an operand and its sign
@@ -96,7 +111,7 @@ def origin(node: fx.Node) -> fx.Node:
         source = node.args[0]
         before, after = value(source), value(node)
         if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
-            lossless = torch.promote_types(before.dtype, after.dtype) == after.dtype
+            lossless = before.is_floating_point() and torch.promote_types(before.dtype, after.dtype) == after.dtype
         else:
             lossless = to in (torch.float32, torch.float64)
         if not lossless or not isinstance(source, fx.Node):
@@ -120,6 +135,18 @@ def reduced(node: fx.Node) -> tuple[tuple[int, ...], bool, Any] | None:
         return None
     correction = int(unbiased is not False) if correction is None else correction
     return tuple(dims), keepdim, correction if spelled(node) == "var" else 0
+
+
+def interferes(node: fx.Node) -> bool:
+    """Whether a node writes into a tensor, or switches grad, inference or autocast on or off."""
+    if node.op == "call_module":
+        return bool(getattr(module_called(node), "inplace", False))
+    if node.op not in ("call_method", "call_function"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    inplace = node.kwargs.get("inplace") or (name in vars(F) and any(each is True for each in node.args))
+    written = name.removesuffix("__").endswith("_") or name in _WRITES
+    return bool(inplace or written or "out" in node.kwargs or name in _MODES)
 
 
 def pattern(function: Callable[..., Any]) -> fx.Node:

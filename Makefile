@@ -1,0 +1,41 @@
+# Every target works alone on a fresh checkout: it makes .venv, installs what it needs, runs.
+# More arguments go in ARGS: make test ARGS="-k share_norm", make demo ARGS="--model vit --steps 50".
+
+PYTHON ?= python3
+PY := .venv/bin/python
+ARGS ?=
+
+.PHONY: help demo test check notebooks bench readme
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.installed-demo ## train a small model under stock Inductor and under lowmem, and compare
+	$(PY) -m graphopt demo $(ARGS)
+
+test: .venv/.installed-dev ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+check: .venv/.installed-dev ## lint, format, types, sizes of files, figures of the README
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) scripts/check_sizes.py
+	$(PY) benchmarks/table.py --check
+
+notebooks: .venv/.installed-dev ## execute every notebook; the results go to build/notebooks
+	$(PY) scripts/run_notebooks.py $(ARGS)
+
+bench: .venv/.installed-dev ## measure six transformer blocks into benchmarks/results
+	$(PY) benchmarks/blocks.py $(ARGS)
+
+readme: .venv/.installed-dev ## write the figures of benchmarks/results into the README
+	$(PY) benchmarks/table.py
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+# torch in the same command as the rest and always under its pin: another one would be gigabytes
+.venv/.installed-%: pyproject.toml constraints.txt | .venv/bin/pip
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,100 @@
+"""explain(): what training a model saves under stock Inductor and under lowmem, and what each pass did about it.
+
+    report = graphopt.explain(model, *inputs)
+    print(report)                      # by module, repeated blocks in one row
+    report.to_html("report.html")      # every tensor, with the source line that made it
+    report.plot()                      # bars before and after
+    report.tensors()                   # every tensor, as dictionaries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt import passes
+from graphopt.options import Options
+from graphopt.pipeline import PassRecord
+from graphopt.report.grouping import Pair, matched
+from graphopt.tracer import SavedTensor, capture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Report", "explain"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tensors saved for backward `before` (stock Inductor) and `now` (lowmem), and the passes between them.
+
+    Tensors have other names in the two: one is kept if both save one of its module, operator, shape and dtype, gone if
+    only stock saves it, new if only lowmem does. Bytes are those of whole storages.
+    """
+
+    before: tuple[SavedTensor, ...]
+    now: tuple[SavedTensor, ...]
+    records: tuple[PassRecord, ...]
+    options: Options
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(tensor.bytes for tensor in self.before)
+
+    @property
+    def bytes_now(self) -> int:
+        return sum(tensor.bytes for tensor in self.now)
+
+    @property
+    def fraction(self) -> float:
+        """Bytes saved now, of those saved before; 1 where stock saves nothing either."""
+        if self.bytes_before:
+            return self.bytes_now / self.bytes_before
+        return float("inf") if self.bytes_now else 1.0
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every tensor in the order of the model: (before, now) if kept, (before, None) if gone, (None, now) if new."""
+        return matched(self.before, self.now)
+
+    def tensors(self) -> list[dict[str, Any]]:
+        """Every tensor in the order of the model, each with its state: "kept", "gone" or "new"."""
+        return [pair.as_dict() for pair in self.pairs]
+
+    def __str__(self) -> str:
+        from graphopt.report.text import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from graphopt.report.html import fragment
+
+        return fragment(self)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a page that needs no other file and no network."""
+        from graphopt.report.html import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of bars, before and now, for the modules that save most. Raises ImportError without it."""
+        from graphopt.report.plot import plot
+
+        return plot(self)
+
+
+def explain(
+    model: Callable[..., Any], *inputs: Any, preset: str = "exact", disable: Iterable[str] = (), **kwargs: Any
+) -> Report:
+    """Trace one training step of `model(*inputs, **kwargs)`, without running it, and report what it saves.
+
+    `preset` and `disable` are those of `Options`. Under FakeTensorMode any size of model will do.
+    Raises OptionsError, and CaptureError as `capture` does.
+    """
+    options = Options(preset=preset, disable=tuple(disable))
+    captured = capture(model, *inputs, **kwargs)
+    joint, records = captured.rewritten(*passes.JOINT, disable=options.disable)
+    return Report(captured.saved, captured.cut(joint), (*captured.records, *records), options)

@@ -1,0 +1,142 @@
+"""The report as plain text, 100 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from graphopt.report.grouping import Group, Row, block_names, events_by_text, grouped
+
+if TYPE_CHECKING:
+    from graphopt.report import Report
+
+WIDTH = 100
+EXAMPLES = 4
+
+
+def text(report: Report) -> str:
+    """Totals, a table of saved tensors by module, and the passes."""
+    return "\n\n".join((_totals(report), _table(report), _passes(report)))
+
+
+def size(count: int) -> str:
+    """Bytes with their unit: kB, MB and GB are 10^3, 10^6 and 10^9 bytes."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count} B"
+
+
+def unit(report: Report) -> tuple[float, str]:
+    """What a table of the report counts in: MB, or kB where all of it is less than one."""
+    return (1e6, "MB") if max(report.bytes_before, report.bytes_now) >= 1e6 else (1e3, "kB")
+
+
+def amount(count: int, scale: float) -> str:
+    """A cell of such a table; blank for nothing."""
+    if not count:
+        return ""
+    return f"{count / scale:,.1f}" if count >= 0.05 * scale else "<0.1"
+
+
+def short(operator: str) -> str:
+    """An operator without the namespace, where that is PyTorch's."""
+    return operator.removeprefix("aten.").removeprefix("prims.").lstrip("_")
+
+
+def percent(report: Report) -> str:
+    return f"{100 * report.fraction:.1f} % of stock" if report.bytes_before else "stock saves nothing"
+
+
+def changes(report: Report) -> dict[str, tuple[int, int]]:
+    """How many tensors, and bytes, are gone, kept and new."""
+    pairs = report.pairs
+    found = {}
+    for state in ("gone", "kept", "new"):
+        sizes = [pair.bytes_now or pair.bytes_before for pair in pairs if pair.state == state]
+        found[state] = len(sizes), sum(sizes)
+    return found
+
+
+def where(modules: Counter[str], limit: int | None = None) -> str:
+    """Modules by name, with how often."""
+    parts = [module + (f" ({count})" if count > 1 else "") for module, count in modules.items()]
+    rest = len(parts) - limit if limit else 0
+    return ", ".join(parts[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _totals(report: Report) -> str:
+    options = f"preset {report.options.preset}"
+    if report.options.disable:
+        options += f", without {', '.join(report.options.disable)}"
+    state = ", ".join(f"{name} {count} ({size(total)})" for name, (count, total) in changes(report).items())
+    return "\n".join((
+        f"graphopt: tensors saved for backward, {options}",
+        f"  stock Inductor {size(report.bytes_before):>11} in {len(report.before):,}",
+        f"  lowmem         {size(report.bytes_now):>11} in {len(report.now):,}, {percent(report)}",
+        f"  tensors {state}; MB = 10^6 bytes",
+    ))  # fmt: skip
+
+
+def _table(report: Report) -> str:
+    groups = grouped(report)
+    if not groups:
+        return "No tensor is saved."
+    scale, name = unit(report)
+    lines = [("saved tensor, by module", "dtype", "shape", "count", "now", f"{name}", "now", "read by backward of")]
+    for group in groups:
+        lines.append((group.module, "", "", "", "", *(amount(each, scale) for each in group.sizes), ""))
+        lines.extend(_cells(row, scale) for row in group.rows)
+    total = report.bytes_before, report.bytes_now
+    lines.append(("all", "", "", str(len(report.before)), str(len(report.now)), *(amount(n, scale) for n in total), ""))
+    return "\n".join(_aligned(lines, groups))
+
+
+def _cells(row: Row, scale: float) -> tuple[str, ...]:
+    counts = (str(count or "") for count in row.counts)
+    sizes = (amount(each, scale) for each in row.sizes)
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    return "  " + short(row.operator), row.dtype, shape, *counts, *sizes, ", ".join(row.readers) or "outside modules"
+
+
+def _aligned(lines: list[tuple[str, ...]], groups: list[Group]) -> list[str]:
+    tensors = [line for line in lines if line[0].startswith("  ")] + lines[:1]
+    limits = 26, 14, 20, 5, 5, 10, 10
+    widths = [min(max(len(line[i]) for line in tensors), limits[i]) for i in range(7)]
+    widths[5:] = [max(len(line[i]) for line in lines) for i in (5, 6)]
+    left = sum(widths[:5]) + 4
+    readers = max(WIDTH - left - sum(widths[5:]) - 4, 16)
+    shown = []
+    for line in lines:
+        sizes = " ".join(cell.rjust(width) for cell, width in zip(line[5:7], widths[5:]))
+        if line in tensors:
+            cells = [_cut(cell, width) for cell, width in zip(line, widths)]
+            aligned = [cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths))]
+            start, wrapped = " ".join(aligned[:5]), textwrap.wrap(line[7], readers) or [""]
+        else:
+            start, wrapped = line[0], [""]
+        shown.append(f"{start.ljust(left)} {sizes}  {wrapped[0]}".rstrip())
+        shown.extend(" " * (WIDTH - readers) + more for more in wrapped[1:])
+    return shown
+
+
+def _cut(cell: str, width: int) -> str:
+    return cell if len(cell) <= width else cell[: width - 2] + ".."
+
+
+def _passes(report: Report) -> str:
+    names = block_names(report)
+    lines = [f"{'pass':<26}{'fired':>8}{'left alone':>12}{'nodes added':>13}{'removed':>9}{'seconds':>9}"]
+    for record in report.records:
+        counts = f"{len(record.fired):>8}{len(record.left_alone):>12}{record.nodes_added:>13}{record.nodes_removed:>9}"
+        lines.append(f"{record.name:<26}{counts}{record.seconds:>9.2f}")
+        for title, events in (("fired", record.fired), ("left alone", record.left_alone)):
+            for said, modules in events_by_text(events, names).items():
+                lines.extend(_paragraph(f"{title} {modules.total()} x: {said}", 2))
+                lines.extend(_paragraph(where(modules, EXAMPLES), 6))
+    return "\n".join(lines)
+
+
+def _paragraph(said: str, indent: int) -> list[str]:
+    return textwrap.wrap(said, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + 4))
