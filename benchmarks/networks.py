@@ -74,7 +74,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(name: str, dtype: torch.dtype, device: torch.device) -> nn.Sequential:
-    """Block `name` behind a trained linear, so that the block's input has a gradient; weights are the same every time."""
+    """Block `name` behind a linear, so that the block's input has a gradient; the weights are the same every time."""
     torch.manual_seed(0)
     block = BLOCKS[name]()
     for module in block.modules():

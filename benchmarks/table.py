@@ -48,13 +48,12 @@ def render(results: Row) -> str:
     rows = {(row["block"], row["method"]): row for row in results["rows"]}
     device = results["device"].upper() if results["device"] == "cpu" else results["device"]
     return (
-        f"One block, {results['dtype']}, {results['tokens']} tokens, width {results['width']}, torch {results['torch']}, "
-        f"{device}. Saved bytes in units of one hidden state ({results['unit_bytes'] / 2**20:g} MiB) "
-        "and as a share of stock Inductor's:\n\n"
+        f"One block, {results['dtype']}, {results['tokens']} tokens, width {results['width']}, "
+        f"torch {results['torch']}, {device}. Saved bytes in units of one hidden state "
+        f"({results['unit_bytes'] / 2**20:g} MiB) and as a share of stock Inductor's:\n\n"
         f"{_table(rows, _memory)}\n\n"
-        f"Step time as a multiple of stock Inductor's (median of {results['timed_steps']} pairs) / gradient error against "
-        "float32:\n\n"
-        f"{_table(rows, _cost)}"
+        f"Step time as a multiple of stock Inductor's (median of {results['timed_steps']} pairs) / gradient error "
+        f"against float32:\n\n{_table(rows, _cost)}"
     )
 
 

@@ -12,8 +12,9 @@ Nothing of the model is executed and nothing is allocated for it, so under FakeT
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
 
 from graphopt import passes
-
 from graphopt.backend import split
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.graph import copy, fake_mode, hint, module_of, source_of, storage_bytes
@@ -60,23 +60,31 @@ class Capture:
 
     forward: fx.GraphModule
     joint: fx.GraphModule
-    saved: tuple[SavedTensor, ...]
     example_inputs: tuple[Any, ...]
     partition_arguments: dict[str, Any]
 
+    @cached_property
+    def saved(self) -> tuple[SavedTensor, ...]:
+        """The tensors that stock Inductor saves. Traces the model a second time, with all of Inductor's decompositions."""
+        joint, arguments = _joint_graph(copy(self.forward), self.example_inputs, inductor_table())
+        return _saved(*min_cut_rematerialization_partition(joint, self.example_inputs, **arguments), arguments)
+
     def lowmem(self, options: Options = Options()) -> tuple[tuple[SavedTensor, ...], tuple[PassRecord, ...]]:  # noqa: B008
         """The tensors that `backend="lowmem"` saves, and what every pass did."""
-        _, records = run(copy(self.forward), self.example_inputs, passes.FORWARD, options.disable)
-        forward, backward, more = split(copy(self.joint), self.example_inputs, options, **self.partition_arguments)
-        return _saved(forward, backward, self.partition_arguments), (*records, *more)
+        forward, records = run(copy(self.forward), self.example_inputs, passes.FORWARD, options.disable)
+        joint, arguments = copy(self.joint), self.partition_arguments
+        if options.disable:  # the captured joint graph comes of the canonical forward graph
+            joint, arguments = _joint_graph(forward, self.example_inputs, tracing_table())
+        *halves, more = split(joint, self.example_inputs, options, **arguments)
+        return _saved(*halves, arguments), (*records, *more)
 
-    def rewritten(self, *passes: Pass, disable: Iterable[str] = ()) -> tuple[fx.GraphModule, list[PassRecord]]:
-        """A copy of the joint graph after `passes`, and what each of them did."""
-        return run(copy(self.joint), self.example_inputs, passes, disable)
+    def rewritten(self, *rewrites: Pass) -> tuple[fx.GraphModule, list[PassRecord]]:
+        """A copy of the joint graph after the passes `rewrites`, and what each of them did."""
+        return run(copy(self.joint), self.example_inputs, rewrites)
 
-    def saved_after(self, *passes: Pass) -> tuple[SavedTensor, ...]:
-        """The tensors saved when `passes` have run on the joint graph and graphopt's cut has split it."""
-        return self.cut(self.rewritten(*passes)[0])
+    def saved_after(self, *rewrites: Pass) -> tuple[SavedTensor, ...]:
+        """The tensors saved when `rewrites` have run on the joint graph and graphopt's cut has split it."""
+        return self.cut(self.rewritten(*rewrites)[0])
 
     def cut(self, joint: fx.GraphModule) -> tuple[SavedTensor, ...]:
         """The tensors saved when graphopt's cut splits a rewritten copy of the joint graph."""
@@ -90,23 +98,20 @@ def capture(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Capture:
     Raises CaptureError if the model breaks into several graphs (naming the line), or if nothing in it needs a gradient.
     """
     forward, example_inputs = _forward_graph(model, inputs, kwargs)
-    stock, arguments = _joint_graph(copy(forward), example_inputs, inductor_table())
-    saved = _saved(*min_cut_rematerialization_partition(stock, example_inputs, **arguments), arguments)
     canonical, _ = run(copy(forward), example_inputs, passes.FORWARD)
     joint, arguments = _joint_graph(canonical, example_inputs, tracing_table())
-    return Capture(forward, joint, saved, tuple(example_inputs), arguments)
+    return Capture(forward, joint, tuple(example_inputs), arguments)
 
 
-def apply(gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass] | None = None) -> fx.GraphModule:
+def apply(
+    gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass] = (*passes.JOINT, *passes.SAVED)
+) -> fx.GraphModule:
     """Run passes on a joint graph of forward and backward, for use inside another compiler. The graph is changed in place.
 
     `passes` defaults to all of graphopt's for joint graphs. What pack_mask adds is spelt out by `graphopt.passes.lower`,
     to be run on the caller's forward and backward graphs. Raises PassError, naming the pass that failed.
     """
-    return run(gm, example_inputs, tuple(passes) if passes is not None else _DEFAULT)[0]
-
-
-_DEFAULT = (*passes.JOINT, *passes.SAVED)
+    return run(gm, example_inputs, tuple(passes))[0]
 
 
 class _Stop(ShortenTraceback):

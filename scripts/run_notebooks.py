@@ -19,10 +19,8 @@ def main() -> None:
         start = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
         try:
-            # in build, so that what a notebook writes stays out of the tree
-            NotebookClient(
-                notebook, timeout=SECONDS_PER_CELL, kernel_name="python3", resources={"metadata": {"path": executed}}
-            ).execute()
+            where = {"metadata": {"path": path.parent}}
+            NotebookClient(notebook, timeout=SECONDS_PER_CELL, kernel_name="python3", resources=where).execute()
         finally:
             nbformat.write(notebook, executed / path.name)
         print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)

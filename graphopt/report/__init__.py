@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt import passes
 from graphopt.options import Options
 from graphopt.pipeline import PassRecord
 from graphopt.report.grouping import Pair, matched
@@ -80,7 +79,7 @@ class Report:
         Path(path).write_text(page(self), encoding="utf-8")
 
     def plot(self) -> Figure:
-        """A matplotlib figure of bars, before and now, for the modules that save most. Raises ImportError without it."""
+        """A matplotlib figure: bars of before and now for the modules that save most. ImportError if it is missing."""
         from graphopt.report.plot import plot
 
         return plot(self)
@@ -96,5 +95,5 @@ def explain(
     """
     options = Options(preset=preset, disable=tuple(disable))
     captured = capture(model, *inputs, **kwargs)
-    joint, records = captured.rewritten(*passes.JOINT, disable=options.disable)
-    return Report(captured.saved, captured.cut(joint), (*captured.records, *records), options)
+    now, records = captured.lowmem(options)
+    return Report(captured.saved, now, records, options)

@@ -89,10 +89,10 @@ def matched(before: Sequence[SavedTensor], now: Sequence[SavedTensor]) -> list[P
     """Pair the tensors that both save; the order is that of `now`, and what is gone keeps its neighbour of `before`."""
     waiting: dict[object, deque[SavedTensor]] = defaultdict(deque)
     for tensor in before:
-        waiting[tensor.module, *_kind(tensor)].append(tensor)
+        waiting[(tensor.module, _kind(tensor))].append(tensor)
     pairs: list[Pair] = []
     for tensor in now:
-        queue = waiting[tensor.module, *_kind(tensor)]
+        queue = waiting[(tensor.module, _kind(tensor))]
         pairs.append(Pair(queue.popleft() if queue else None, tensor))
     place = {pair.before.name: index for index, pair in enumerate(pairs) if pair.before}
     gone: dict[int, list[Pair]] = defaultdict(list)
@@ -130,7 +130,7 @@ def events_by_text(events: Iterable[Event], names: Mapping[str, str]) -> dict[st
 
 
 def block_names(report: Report) -> dict[str, str]:
-    """A name for every module path of a report: layers.0.mlp and layers.1.mlp are both layers.*.mlp if they are alike."""
+    """A name for every module path of a report: layers.0.mlp and layers.1.mlp become layers.*.mlp if they are alike."""
     facts: list[Fact] = []
     for tensor in (*report.before, *report.now):
         facts.append((tensor.module, _kind(tensor)))

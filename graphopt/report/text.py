@@ -6,13 +6,15 @@ import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from graphopt.report.grouping import Group, Row, block_names, events_by_text, grouped
+from graphopt.report.grouping import Row, block_names, events_by_text, grouped
 
 if TYPE_CHECKING:
     from graphopt.report import Report
 
 WIDTH = 100
 EXAMPLES = 4
+HEADINGS = ("saved tensor", "dtype", "shape", "stock", "lowmem", "stock", "lowmem", "read by backward of")
+LIMITS = 23, 14, 20, 6, 6
 
 
 def text(report: Report) -> str:
@@ -41,8 +43,8 @@ def amount(count: int, scale: float) -> str:
 
 
 def short(operator: str) -> str:
-    """An operator without the namespace, where that is PyTorch's."""
-    return operator.removeprefix("aten.").removeprefix("prims.").lstrip("_")
+    """An operator without PyTorch's namespaces; attention by its kernel."""
+    return operator.removeprefix("aten.").removeprefix("prims.").removeprefix("_").removeprefix("scaled_dot_product_")
 
 
 def percent(report: Report) -> str:
@@ -84,13 +86,13 @@ def _table(report: Report) -> str:
     if not groups:
         return "No tensor is saved."
     scale, name = unit(report)
-    lines = [("saved tensor, by module", "dtype", "shape", "count", "now", f"{name}", "now", "read by backward of")]
+    lines: list[tuple[str, ...]] = [("", "", "", "count", "", name, "", ""), HEADINGS]
     for group in groups:
         lines.append((group.module, "", "", "", "", *(amount(each, scale) for each in group.sizes), ""))
         lines.extend(_cells(row, scale) for row in group.rows)
     total = report.bytes_before, report.bytes_now
     lines.append(("all", "", "", str(len(report.before)), str(len(report.now)), *(amount(n, scale) for n in total), ""))
-    return "\n".join(_aligned(lines, groups))
+    return "\n".join(_aligned(lines))
 
 
 def _cells(row: Row, scale: float) -> tuple[str, ...]:
@@ -100,24 +102,23 @@ def _cells(row: Row, scale: float) -> tuple[str, ...]:
     return "  " + short(row.operator), row.dtype, shape, *counts, *sizes, ", ".join(row.readers) or "outside modules"
 
 
-def _aligned(lines: list[tuple[str, ...]], groups: list[Group]) -> list[str]:
-    tensors = [line for line in lines if line[0].startswith("  ")] + lines[:1]
-    limits = 26, 14, 20, 5, 5, 10, 10
-    widths = [min(max(len(line[i]) for line in tensors), limits[i]) for i in range(7)]
-    widths[5:] = [max(len(line[i]) for line in lines) for i in (5, 6)]
+def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+    """The lines in columns; module names may run on to the bytes, readers go on below themselves."""
+    tensors = [line for line in lines if line[0].startswith("  ")]
+    widths = [min(max(len(line[i]) for line in (*tensors, HEADINGS)), limit) for i, limit in enumerate(LIMITS)]
+    widths += [max(len(line[i]) for line in lines) for i in (5, 6)]
     left = sum(widths[:5]) + 4
     readers = max(WIDTH - left - sum(widths[5:]) - 4, 16)
     shown = []
     for line in lines:
+        runs_on = line[1] == line[3] == ""
+        cells = (_cut(cell, width).rjust(width) if i > 2 else _cut(cell, width).ljust(width)
+                 for i, (cell, width) in enumerate(zip(line, widths[:5])))  # fmt: skip
+        start = line[0].ljust(left) if runs_on else " ".join(cells)
         sizes = " ".join(cell.rjust(width) for cell, width in zip(line[5:7], widths[5:]))
-        if line in tensors:
-            cells = [_cut(cell, width) for cell, width in zip(line, widths)]
-            aligned = [cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths))]
-            start, wrapped = " ".join(aligned[:5]), textwrap.wrap(line[7], readers) or [""]
-        else:
-            start, wrapped = line[0], [""]
-        shown.append(f"{start.ljust(left)} {sizes}  {wrapped[0]}".rstrip())
-        shown.extend(" " * (WIDTH - readers) + more for more in wrapped[1:])
+        wrapped = textwrap.wrap(line[7], readers, break_long_words=False) or [""]
+        shown.append(f"{start} {sizes}  {wrapped[0]}".rstrip())
+        shown.extend(" " * (left + sum(widths[5:]) + 4) + more for more in wrapped[1:])
     return shown
 
 

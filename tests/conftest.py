@@ -1,0 +1,19 @@
+import os
+import warnings
+
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # with a warm cache no pass runs
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Every test compiles anew, from the same seed, and a backend failure that Dynamo would hide is an error."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*Backend compiler.*")
+        yield
+    torch._dynamo.reset()

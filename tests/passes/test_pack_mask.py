@@ -1,0 +1,88 @@
+"""pack_mask: the masks that cross take one bit an element and come back as they were."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from training import distance, step
+
+import graphopt
+from graphopt.lowering import formulas
+from graphopt.passes import lower, pack_mask
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 9), min_size=0, max_size=4), st.integers(0, 2**31))
+def test_unpack_inverts_pack(shape, seed):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.5
+    words = formulas.pack(mask)
+    assert words.dtype == torch.int32 and words.shape == (-(-mask.numel() // 32),)
+    assert torch.equal(formulas.unpack(words, list(shape)), mask)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "channels last"])
+def test_any_layout_packs(layout):
+    mask = torch.rand(2, 6, 5, 7) > 0.5
+    mask = {
+        "contiguous": mask,
+        "transposed": mask.transpose(1, 3),
+        "expanded": mask[:, :1].expand(2, 6, 5, 7),
+        "channels last": mask.to(memory_format=torch.channels_last),
+    }[layout]
+    assert torch.equal(formulas.unpack(formulas.pack(mask), list(mask.shape)), mask)
+
+
+class Dropout(nn.Module):
+    """Nothing but a mask is saved: the linear is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(40, 40).requires_grad_(False)
+
+    def forward(self, x):
+        return F.dropout(self.linear(x), 0.5)
+
+
+def test_a_dropout_mask_takes_one_bit_an_element():
+    x = torch.randn(32, 40, requires_grad=True)
+    _, _, saved = step(Dropout(), (x,))
+    assert saved == 32 * 40 // 8
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 40), (1, 40), (129, 40)])
+def test_sizes_that_are_no_multiple_of_a_word(shape):
+    y, gradients, saved = step(Dropout().eval(), (torch.randn(*shape, requires_grad=True),))
+    model, x = Dropout(), torch.randn(*shape, requires_grad=True)
+    y, gradients, saved = step(model, (x,))
+    words = -(-x.numel() // 32) * 4
+    assert saved in (words, x.numel())  # as it is where it holds but a few words
+    with torch.no_grad():
+        kept = y != 0
+        expected = (2 * y / y.numel() * 2 * kept) @ model.linear.weight
+    torch.testing.assert_close(gradients["input 0"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_relu_whose_output_is_saved_anyway_saves_no_mask():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    saved, records = graphopt.capture(model, torch.randn(64, 16)).lowmem()
+    assert not any(each.dtype in (torch.bool, torch.int32) for each in saved)
+    assert not records[-1].fired
+
+
+def test_a_relu_before_a_frozen_linear_saves_bits_only():
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16).requires_grad_(False))
+    x = torch.randn(64, 16)
+    _, gradients, saved = step(model, (x,))
+    _, expected, _ = step(model, (x,), backend=None)
+    assert saved == 64 * 64 // 8
+    assert distance(gradients, expected) < 1e-6  # float32 rounding of one matrix product
+
+
+def test_a_pair_that_falls_into_one_graph_cancels():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    joint, records = graphopt.capture(model, torch.randn(64, 16)).rewritten(pack_mask)
+    assert records[0].fired
+    names = {str(node.target) for node in lower(joint).graph.nodes}
+    assert not any("graphopt" in name for name in names)
