@@ -11,6 +11,8 @@ Nothing of the model is executed and nothing is allocated for it, so under FakeT
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +20,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback, Unsupported
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
 
@@ -67,7 +71,8 @@ class Capture:
     def saved(self) -> tuple[SavedTensor, ...]:
         """The tensors that stock Inductor saves. Traces the model a second time, with all of Inductor's decompositions."""
         joint, arguments = _joint_graph(copy(self.forward), self.example_inputs, inductor_table())
-        return _saved(*min_cut_rematerialization_partition(joint, self.example_inputs, **arguments), arguments)
+        with _tracing(joint):
+            return _saved(*min_cut_rematerialization_partition(joint, self.example_inputs, **arguments), arguments)
 
     def lowmem(self, options: Options = Options()) -> tuple[tuple[SavedTensor, ...], tuple[PassRecord, ...]]:  # noqa: B008
         """The tensors that `backend="lowmem"` saves, and what every pass did."""
@@ -75,7 +80,8 @@ class Capture:
         joint, arguments = copy(self.joint), self.partition_arguments
         if options.disable:  # the captured joint graph comes of the canonical forward graph
             joint, arguments = _joint_graph(forward, self.example_inputs, tracing_table())
-        *halves, more = split(joint, self.example_inputs, options, **arguments)
+        with _tracing(joint):
+            *halves, more = split(joint, self.example_inputs, options, **arguments)
         return _saved(*halves, arguments), (*records, *more)
 
     def rewritten(self, *rewrites: Pass) -> tuple[fx.GraphModule, list[PassRecord]]:
@@ -88,7 +94,8 @@ class Capture:
 
     def cut(self, joint: fx.GraphModule) -> tuple[SavedTensor, ...]:
         """The tensors saved when graphopt's cut splits a rewritten copy of the joint graph."""
-        halves = cut(decompose(copy(joint)), self.example_inputs, **self.partition_arguments)
+        with _tracing(joint):
+            halves = cut(decompose(copy(joint)), self.example_inputs, **self.partition_arguments)
         return _saved(*halves, self.partition_arguments)
 
 
@@ -114,6 +121,11 @@ def apply(
     return run(gm, example_inputs, tuple(passes))[0]
 
 
+# a log message in the model would break the graph; the capture runs nothing, so it needs none of them
+_LOGGING = {each for each in vars(logging.Logger).values() if callable(each)}
+_IGNORED = "ignore_logging_functions" if hasattr(dynamo_config, "ignore_logging_functions") else "ignore_logger_methods"
+
+
 class _Stop(ShortenTraceback):
     """Leaves Dynamo or AOTAutograd once the graph is there."""
 
@@ -129,7 +141,7 @@ def _forward_graph(
         raise _Stop(gm, example_inputs)
 
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), dynamo_config.patch({_IGNORED: _LOGGING}):
             torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **kwargs)
     except _Stop as stop:
         return stop.found  # type: ignore[return-value]
@@ -162,16 +174,21 @@ def _joint_graph(
     raise GraphoptError("AOTAutograd did not partition the graph")
 
 
+def _tracing(joint: fx.GraphModule) -> contextlib.AbstractContextManager[object]:
+    return tracing(TracingContext(fake_mode(joint.graph)))
+
+
 def _saved(
     forward: fx.GraphModule, backward: fx.GraphModule, arguments: dict[str, Any]
 ) -> tuple[SavedTensor, ...]:
     placeholders = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
-    return tuple(_describe(node, placeholders[node.name]) for node in crossing(forward, arguments["num_fwd_outputs"]))
+    return tuple(_describe(node, placeholders.get(node.name)) for node in crossing(forward, arguments["num_fwd_outputs"]))
 
 
-def _describe(node: fx.Node, in_backward: fx.Node) -> SavedTensor:
+def _describe(node: fx.Node, in_backward: fx.Node | None) -> SavedTensor:
     value, maker = node.meta["val"], node.args[0] if node.target is operator.getitem else node
     shape, size = tuple(hint(size) for size in value.shape), storage_bytes([value])
     name = str(getattr(maker.target, "overloadpacket", maker.target))  # type: ignore[union-attr]
-    readers = tuple(sorted({module_of(user) for user in in_backward.users} - {""}))
+    # the state of the random numbers of a checkpointed region goes by another name in backward
+    readers = tuple(sorted({module_of(user) for user in in_backward.users} - {""})) if in_backward else ()
     return SavedTensor(node.name, shape, value.dtype, size, name, module_of(node), source_of(node), readers)

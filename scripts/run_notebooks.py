@@ -24,7 +24,7 @@ def main() -> None:
         finally:
             nbformat.write(notebook, executed / path.name)
         print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
-    print(f"{len(paths)} notebooks executed")
+    print(f"notebooks executed: {len(paths)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ def _tokens(**more: Tensor) -> dict[str, Tensor]:
 
 
 def gpt2(**overrides: float) -> Built:
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=TOKENS, n_embd=32, n_layer=2, n_head=2, **overrides)
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=TOKENS, n_embd=32, n_layer=2, n_head=2,
+        bos_token_id=0, eos_token_id=0, **overrides,
+    )  # fmt: skip
     return transformers.GPT2LMHeadModel(config), _tokens()
 
 

@@ -13,7 +13,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 HALF = (torch.bfloat16, torch.float16)
 CASTS = {aten._to_copy, prims.convert_element_type}
 VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.permute, aten.t, aten.transpose, aten.expand, aten.squeeze,
-         aten.unsqueeze, aten.alias, aten.clone}  # fmt: skip
+         aten.unsqueeze, aten.select, aten.slice, aten.alias, aten.clone}  # fmt: skip
 SUMS = {aten.add, aten.sub}
 
 

@@ -1,0 +1,155 @@
+"""The cut: what is cheap is made anew in backward, what is not never runs twice."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from training import distance, step
+
+from graphopt import backend
+from graphopt.graph import storage_bytes
+from graphopt.partition import crossing
+
+EXPENSIVE = ("mm", "bmm", "addmm", "convolution", "scaled_dot_product", "rand", "bernoulli", "sort", "cumsum", "embedding")
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """The forward and backward graphs of what is compiled, as the partitioner hands them on."""
+    found: list[tuple[fx.GraphModule, fx.GraphModule]] = []
+    original = backend.Partitioner.__call__
+
+    def recording(self, *args, **kwargs):
+        found.append(original(self, *args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(backend.Partitioner, "__call__", recording)
+    return found
+
+
+def expensive(gm: fx.GraphModule) -> Counter:
+    names = [str(node.target).split(".")[1] for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return Counter(name for name in names if any(part in name for part in EXPENSIVE) and "backward" not in name)
+
+
+class Attention(nn.Module):
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.norm, self.qkv, self.out, self.dropout = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32), dropout
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).view(2, 16, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 16, 32)
+        return x + F.dropout(self.out(out), self.dropout)
+
+
+class MLP(nn.Module):
+    def __init__(self, gate: str | None = None, dropout: float = 0.0):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.gate, self.activation = nn.Linear(32, 64) if gate else None, gate or "gelu"
+        self.dropout = dropout
+
+    def forward(self, x):
+        h = getattr(F, self.activation)((self.gate or self.up)(x))
+        return self.down(F.dropout(h * self.up(x) if self.gate else h, self.dropout))
+
+
+def test_no_matmul_and_no_attention_runs_twice(halves):
+    model = nn.Sequential(nn.Linear(32, 32), Attention(), MLP(), MLP("silu"))
+    step(model, (torch.randn(2, 16, 32),))
+    forward, backward = halves[0]
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    matmuls = Counter(name for name in expensive(backward).elements() if name in ("mm", "addmm", "bmm"))
+    # a gradient of the weight for each linear, of the input for each but the first
+    assert matmuls == Counter(mm=2 * linears - 1)
+    assert not set(expensive(backward)) - {"mm"}
+    assert any("scaled_dot_product" in name for name in expensive(forward))
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu"])
+def test_a_gated_activation_keeps_its_two_factors_and_nothing_else(halves, gate):
+    model = nn.Sequential(nn.Linear(32, 32), MLP(gate))
+    step(model, (torch.randn(2, 16, 32),))
+    tokens = 2 * 16
+    shapes = Counter(tuple(node.meta["val"].shape) for node in crossing(halves[0][0], 1))
+    assert shapes == Counter({(tokens, 32): 1, (tokens, 64): 2})
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "tanh", "mish", "softplus", "leaky_relu", "elu"])
+def test_an_activation_keeps_one_tensor(halves, activation):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.c(getattr(F, activation)(self.b(self.a(x))))
+
+    step(Net(), (torch.randn(32, 32),))
+    assert storage_bytes(node.meta["val"] for node in crossing(halves[0][0], 1)) == 4 * 32 * (32 + 64)
+
+
+def test_random_numbers_are_drawn_in_forward_only(halves):
+    model = nn.Sequential(nn.Linear(32, 32), Attention(0.2), MLP(dropout=0.2), nn.Dropout(0.3))
+    step(model, (torch.randn(2, 16, 32),))
+    assert not any("rand" in name or "bernoulli" in name for name in expensive(halves[0][1]))
+
+
+class Masks(nn.Module):
+    """An activation before dropout: below a memory budget of 1 stock Inductor makes both anew, the mask from new numbers."""
+
+    def forward(self, x):
+        return F.dropout(F.gelu(x * 2), 0.5)
+
+
+def masks_agree(backend: str) -> bool:
+    """Whether the elements that forward dropped are those whose gradient is zero."""
+    x = torch.rand(64, 128, requires_grad=True)  # positive, so that neither gelu nor its derivative is zero by itself
+    y = torch.compile(Masks(), backend=backend)(x)
+    y.sum().backward()
+    return torch.equal(x.grad != 0, y != 0)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.9, 0.5, 0.1, 0.0])
+@pytest.mark.parametrize("backend", ["lowmem_eager", pytest.param("lowmem", marks=pytest.mark.slow)])
+def test_dropout_masks_agree(backend, budget):
+    if backend == "lowmem" and budget not in (1.0, 0.1):
+        pytest.skip("two full compiles are enough")
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        assert masks_agree(backend)
+
+
+@pytest.mark.slow
+def test_the_test_above_catches_masks_that_disagree():
+    with torch._functorch.config.patch(activation_memory_budget=0.5):
+        assert not masks_agree("inductor")
+
+
+def test_a_checkpointed_region_saves_its_inputs_only():
+    from torch.utils.checkpoint import checkpoint
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.block, self.last = nn.Linear(32, 32), nn.Sequential(Attention(), MLP()), nn.Linear(32, 8)
+
+        def forward(self, x):
+            return self.last(checkpoint(self.block, self.first(x), use_reentrant=False))
+
+    model, x = Net(), torch.randn(2, 16, 32)
+    _, expected, _ = step(model, (x,), backend=None)
+    _, stock, kept = step(model, (x,), backend="aot_eager_decomp_partition")
+    _, gradients, saved = step(model, (x,))
+    assert distance(gradients, expected) < 1e-6
+    assert saved <= kept
+    state = torch.get_rng_state().numel()  # attention counts as random, so its generator's state is kept
+    assert saved <= x.numel() * 4 + state
+
+
+def test_no_parameter_is_copied_into_the_saved_set(halves):
+    model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), MLP("silu")).to(torch.bfloat16)
+    step(model, (torch.randn(48, 32, dtype=torch.bfloat16),))
+    assert all(node.meta["val"].shape[0] == 48 for node in crossing(halves[0][0], 1))
