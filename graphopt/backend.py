@@ -23,7 +23,6 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt import passes
-from graphopt.errors import OptionsError
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
@@ -44,8 +43,6 @@ def lowmem(
     gradients is compiled as under Inductor. Raises OptionsError for options that are not allowed, PassError for a bug.
     """
     own, patches = parse(options)
-    if "custom_partitioner_fn" in patches:
-        raise OptionsError("option 'custom_partitioner_fn': lowmem is a partitioner itself; use backend='inductor' for another")
     patches = {**(list_mode_options(mode) if mode else {}), **patches, "custom_partitioner_fn": Partitioner(own)}
     gm, _ = run(gm, example_inputs, passes.FORWARD, own.disable)
     return compile_fx(gm, example_inputs, _inner_compile, config_patches=patches, decompositions=tracing_table())
@@ -101,7 +98,9 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
 
 
 def _inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-    # a graph without gradients never met the partitioner, so its canonical operators are still whole
+    # a graph without gradients never met the partitioner, so its canonical operators are still whole; once spelt out,
+    # Inductor's own table is the right one, and the only one that its cache has a key for
+    kwargs.pop("get_decomp_fn", None)
     return compile_fx_inner(decompose(gm), example_inputs, **kwargs)
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_origin
 
 from graphopt.errors import OptionsError
 
@@ -57,7 +57,12 @@ def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         name = str(key).replace("-", "_")
         if name not in known:
             raise OptionsError(_unknown(str(key), [*OWN, *known]))
+        expected = inductor_config.get_type(name)
+        if get_origin(expected) is None and not isinstance(value, expected):
+            raise OptionsError(f"option {key!r}: {value!r} is a {type(value).__name__}, Inductor wants {expected.__name__}")
         patches[name] = value
+    if "custom_partitioner_fn" in patches:
+        raise OptionsError("option 'custom_partitioner_fn': lowmem is a partitioner itself and takes no other")
     return Options(**own), patches
 
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import graphopt
+from graphopt import Report
 from graphopt.memory import saved_bytes
 from graphopt.report.grouping import block_names, name_blocks
 
@@ -29,15 +31,17 @@ class LoRA(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dropout: float = 0.1, lora: bool = False) -> None:
+    def __init__(self, dropout: float = 0.1, lora: bool = False, autocast: bool = False) -> None:
         super().__init__()
+        self.autocast = autocast
         self.norm = nn.LayerNorm(WIDTH)
         self.fc1 = nn.Linear(WIDTH, 4 * WIDTH)
         self.fc2 = LoRA(nn.Linear(4 * WIDTH, WIDTH)) if lora else nn.Linear(4 * WIDTH, WIDTH)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm(x)))))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm(x)))))
 
 
 def stack(depth: int = 2, **kwargs) -> nn.Module:
@@ -53,7 +57,10 @@ def report():
     return graphopt.explain(stack(), tokens())
 
 
-@pytest.mark.parametrize("settings", [{}, {"dropout": 0.0}, {"lora": True}], ids=["dropout", "plain", "lora"])
+SETTINGS = {"dropout": {}, "plain": {"dropout": 0.0}, "lora": {"lora": True}, "autocast": {"autocast": True}}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("disable", [(), ("share_norm",), ("pack_mask",)], ids=["all", "no share_norm", "no pack_mask"])
 def test_bytes_now_are_what_autograd_keeps(settings, disable):
     model, x = stack(**settings), tokens()
@@ -98,6 +105,19 @@ def test_text_names_every_pass_that_ran(report):
         assert record.name in shown
         for event in (*record.fired, *record.left_alone):
             assert " ".join(event.text.split()[:3]) in shown
+
+
+def test_what_a_pass_leaves_alone_is_shown_with_its_reason():
+    block = Block()
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False).sum()
+
+    report = graphopt.explain(checkpointed, tokens())
+    reasons = {event.text for record in report.records for event in record.left_alone}
+    assert any("checkpointed" in reason for reason in reasons)
+    shown, page = " ".join(str(report).split()), parsed(report._repr_html_()).text
+    assert all(reason in shown and reason in page for reason in reasons)
 
 
 def test_repeated_blocks_go_by_one_name():
@@ -184,6 +204,13 @@ def test_a_model_that_saves_nothing():
     assert "No tensor is saved" in str(report)
     parsed(report._repr_html_())
     report.plot().canvas.draw()
+
+
+def test_more_saved_than_before_is_said_so(report):
+    worse = Report((), report.now, report.records, report.options)
+    assert worse.fraction == float("inf") and "stock saves nothing" in str(worse)
+    parsed(worse._repr_html_())
+    worse.plot().canvas.draw()
 
 
 def test_a_model_without_gradients_is_refused():

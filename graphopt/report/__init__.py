@@ -5,6 +5,8 @@
     report.to_html("report.html")      # every tensor, with the source line that made it
     report.plot()                      # bars before and after
     report.tensors()                   # every tensor, as dictionaries
+
+Nothing of the model is executed, and nothing but torch is needed, except by plot().
 """
 
 from __future__ import annotations
@@ -61,6 +63,9 @@ class Report:
     def tensors(self) -> list[dict[str, Any]]:
         """Every tensor in the order of the model, each with its state: "kept", "gone" or "new"."""
         return [pair.as_dict() for pair in self.pairs]
+
+    def __repr__(self) -> str:
+        return f"Report({self.bytes_before:,} bytes saved before, {self.bytes_now:,} now)"
 
     def __str__(self) -> str:
         from graphopt.report.text import text

@@ -86,7 +86,7 @@ class Group:
 
 
 def matched(before: Sequence[SavedTensor], now: Sequence[SavedTensor]) -> list[Pair]:
-    """Pair the tensors that both save; the order is that of `now`, and what is gone keeps its neighbour of `before`."""
+    """Pair the tensors that both save; the order is that of `now`, what is gone goes ahead of the next one kept."""
     waiting: dict[object, deque[SavedTensor]] = defaultdict(deque)
     for tensor in before:
         waiting[(tensor.module, _kind(tensor))].append(tensor)
@@ -96,25 +96,25 @@ def matched(before: Sequence[SavedTensor], now: Sequence[SavedTensor]) -> list[P
         pairs.append(Pair(queue.popleft() if queue else None, tensor))
     place = {pair.before.name: index for index, pair in enumerate(pairs) if pair.before}
     gone: dict[int, list[Pair]] = defaultdict(list)
-    index = -1
-    for tensor in before:
+    index = len(pairs)
+    for tensor in reversed(before):
         if tensor.name in place:
             index = place[tensor.name]
         else:
-            gone[index].append(Pair(tensor, None))
-    return gone[-1] + [each for index, pair in enumerate(pairs) for each in (pair, *gone[index])]
+            gone[index].insert(0, Pair(tensor, None))
+    return [each for index, pair in enumerate(pairs) for each in (*gone[index], pair)] + gone[len(pairs)]
 
 
 def grouped(report: Report) -> list[Group]:
-    """The tensors of a report by module and kind, repeated blocks together, in the order of the model."""
+    """The tensors of a report by module and kind: repeated blocks together, a module beside its relatives."""
     names = block_names(report)
     modules: dict[str, dict[tuple[str, str, tuple[int, ...]], list[Pair]]] = defaultdict(lambda: defaultdict(list))
     for pair in report.pairs:
         modules[names[pair.either.module]][_kind(pair.either)].append(pair)
     groups = []
-    for module, kinds in modules.items():
+    for module in _by_parent(modules):
         rows = []
-        for kind, pairs in kinds.items():
+        for kind, pairs in modules[module].items():
             readers = dict.fromkeys(names[reader] for pair in pairs for each in pair if each for reader in each.readers)
             rows.append(Row(*kind, tuple(_seen_from(module, reader) for reader in readers), tuple(pairs)))
         groups.append(Group(module, tuple(rows)))
@@ -180,6 +180,22 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def _by_parent(modules: Iterable[str]) -> list[str]:
+    """The modules in their order, but one that comes late goes behind those it shares the longest path with."""
+    found: list[str] = []
+    for module in modules:
+        shared = [_shared(module, other) for other in found]
+        last = max(range(len(found)), key=lambda i: (shared[i], i), default=-1)
+        found.insert(last + 1 if last >= 0 and shared[last] else len(found), module)
+    return found
+
+
+def _shared(module: str, other: str) -> int:
+    """How many parts of two module paths are the same from the start."""
+    parts = module.split("."), other.split(".")
+    return next((i for i, (a, b) in enumerate(zip(*parts)) if a != b), min(map(len, parts)))
+
+
 def _kind(tensor: SavedTensor) -> tuple[str, str, tuple[int, ...]]:
     return tensor.operator, str(tensor.dtype).removeprefix("torch."), tensor.shape
 
@@ -188,8 +204,8 @@ def _seen_from(module: str, reader: str) -> str:
     """A reader's name without what it shares with the module that made the tensor."""
     if reader == module:
         return "itself"
-    own, other = module.split("."), reader.split(".")
-    shared = next((i for i, (a, b) in enumerate(zip(own, other)) if a != b), min(len(own), len(other)))
-    # a block goes by its list and number
-    last = len(other) - 1 - (len(other) > 1 and not other[-1].isidentifier())
-    return ".".join(other[min(shared, last) :])
+    parts = reader.split(".")
+    start = min(_shared(module, reader), len(parts) - 1)
+    while start and not parts[start].isidentifier():  # a block goes by its list and number
+        start -= 1
+    return ".".join(parts[start:])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from graphopt.pipeline import Event, PassRecord
 from graphopt.report.grouping import OUTSIDE, Group, Pair, block_names, events_by_text, grouped
-from graphopt.report.text import amount, changes, percent, short, size, unit, where
+from graphopt.report.text import amount, changes, percent, short, size, unit, unit_note, where
 
 if TYPE_CHECKING:
     from graphopt.report import Report
@@ -69,7 +69,7 @@ def _totals(report: Report) -> str:
     )
     state = ", ".join(f"{name} {count:,} ({size(total)})" for name, (count, total) in changes(report).items())
     bars = _bars((report.bytes_before, report.bytes_now), largest)
-    note = f'<p class="soft">{escape(options)}; tensors {state}; MB = 10<sup>6</sup> bytes</p>'
+    note = f'<p class="soft">{escape(options)}; tensors {state}; {unit_note(report)}</p>'
     return f"<h2>Tensors saved for backward</h2>{lines}{bars}{note}"
 
 

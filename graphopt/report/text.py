@@ -35,6 +35,11 @@ def unit(report: Report) -> tuple[float, str]:
     return (1e6, "MB") if max(report.bytes_before, report.bytes_now) >= 1e6 else (1e3, "kB")
 
 
+def unit_note(report: Report) -> str:
+    scale, name = unit(report)
+    return f"{name} = {int(scale):,} bytes"
+
+
 def amount(count: int, scale: float) -> str:
     """A cell of such a table; blank for nothing."""
     if not count:
@@ -77,7 +82,7 @@ def _totals(report: Report) -> str:
         f"graphopt: tensors saved for backward, {options}",
         f"  stock Inductor {size(report.bytes_before):>11} in {len(report.before):,}",
         f"  lowmem         {size(report.bytes_now):>11} in {len(report.now):,}, {percent(report)}",
-        f"  tensors {state}; MB = 10^6 bytes",
+        f"  tensors {state}; {unit_note(report)}",
     ))  # fmt: skip
 
 
