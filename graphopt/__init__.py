@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt import passes
-    from graphopt.tracer import Capture, apply, capture
     from graphopt.errors import CaptureError, GraphoptError, OptionsError, PassError
     from graphopt.options import Options
     from graphopt.report import Report, explain
+    from graphopt.tracer import Capture, apply, capture
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,8 +1,9 @@
 """The backends torch.compile finds by name.
 
-    forward graph ─ canonicalize ─ AOTAutograd ─▶ joint graph ─ share_norm ─ decompose ─ cut ─ pack_mask ─ cut ─ lower ─▶
-    forward and backward graphs ─▶ Inductor, unmodified                                           (`lowmem`)
-                                 ─▶ run as they stand, node by node                                (`lowmem_eager`)
+forward graph                  canonicalize
+─ AOTAutograd ─▶ joint graph   share_norm, decompose, cut, pack_mask, cut again if it fired
+─▶ forward, backward graphs    lower
+─▶ Inductor, unmodified (`lowmem`), or run as they stand, node by node (`lowmem_eager`)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -39,13 +40,16 @@ def lowmem(
 ) -> Callable[..., Any]:
     """The backend of `torch.compile(model, backend="lowmem")`: Inductor, with fewer bytes kept for backward.
 
-    `mode` is one of Inductor's; `options` may hold graphopt's own keys (see `Options`) beside Inductor's. A graph without
-    gradients is compiled as under Inductor. Raises OptionsError for options that are not allowed, PassError for a bug.
+    `mode` is one of Inductor's; `options` may hold graphopt's own keys (see `Options`) beside Inductor's. A graph
+    without gradients is compiled as under Inductor. Raises OptionsError for options that are not allowed, PassError
+    for a bug in a pass.
     """
     own, patches = parse(options)
     patches = {**(list_mode_options(mode) if mode else {}), **patches, "custom_partitioner_fn": Partitioner(own)}
     gm, _ = run(gm, example_inputs, passes.FORWARD, own.disable)
-    return compile_fx(gm, example_inputs, _inner_compile, config_patches=patches, decompositions=tracing_table())
+    return compile_fx(  # type: ignore[return-value]
+        gm, example_inputs, _inner_compile, config_patches=patches, decompositions=tracing_table()
+    )
 
 
 def lowmem_eager(
@@ -63,7 +67,7 @@ def lowmem_eager(
         partition_fn=Partitioner(own),
         decompositions=tracing_table(),
     )
-    return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+    return compiler(gm, example_inputs)
 
 
 def split(
@@ -81,7 +85,7 @@ def split(
     return *halves, records + more
 
 
-class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+class Partitioner(CustomPartitionerFn):
     """Joint passes, cut, cut passes: what AOTAutograd calls to split a joint graph. Picklable; a key of the caches."""
 
     def __init__(self, options: Options) -> None:

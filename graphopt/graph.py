@@ -25,8 +25,8 @@ _TORCH = str(Path(torch.__file__).parent)
 
 # what a spliced node takes over from the node it stands in for
 _INHERITED = (
-    "partitioner_tag", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack", "fwd_source_fn_stack",
-    "seq_nr", "recompute", "ac_graph_id", "custom",
+    "partitioner_tag", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack",
+    "fwd_source_fn_stack", "seq_nr", "recompute", "ac_graph_id", "custom",
 )  # fmt: skip
 
 
@@ -50,8 +50,8 @@ def after_tangents(graph: fx.Graph) -> set[fx.Node]:
 
 def in_backward(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that autograd made for backward, also those that a tangent does not reach (a cast of a mask, say)."""
-    tagged = {node for node in graph.nodes if node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")}
-    return tagged | after_tangents(graph)
+    tags = ("is_backward", "must_be_in_backward")
+    return {node for node in graph.nodes if node.meta.get("partitioner_tag") in tags} | after_tangents(graph)
 
 
 def hint(size: int | torch.SymInt) -> int:
@@ -65,7 +65,7 @@ def nbytes(value: torch.Tensor) -> int:
 
 def storage(value: torch.Tensor) -> int:
     """Which storage a fake tensor lies in: a view and its base answer the same."""
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)
 
 
 def storage_bytes(values: Iterable[torch.Tensor]) -> int:
@@ -113,8 +113,17 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {}, return_output_node=True)
     if output is not None:
-        graph.output(output[0]).meta = dict(output[1].meta)  # type: ignore[index, union-attr]
-    return fx.GraphModule(gm, graph)
+        value, old = output  # type: ignore[misc]
+        graph.output(value).meta = dict(old.meta)  # type: ignore[union-attr]
+    new = fx.GraphModule(gm, graph)
+    new.meta.update(gm.meta)
+    # by these AOTAutograd tells parameters, which cost nothing to save, from other inputs
+    if hasattr(gm, "_param_name_to_source"):
+        new._param_name_to_source = gm._param_name_to_source
+    for given, node in zip(gm.graph.find_nodes(op="placeholder"), graph.find_nodes(op="placeholder")):
+        if hasattr(given, "_dynamo_source"):
+            node._dynamo_source = given._dynamo_source
+    return new
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:

@@ -57,9 +57,9 @@ def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         name = str(key).replace("-", "_")
         if name not in known:
             raise OptionsError(_unknown(str(key), [*OWN, *known]))
-        expected = inductor_config.get_type(name)
+        expected = inductor_config.get_type(name)  # type: ignore[attr-defined]
         if get_origin(expected) is None and not isinstance(value, expected):
-            raise OptionsError(f"option {key!r}: {value!r} is a {type(value).__name__}, Inductor wants {expected.__name__}")
+            raise OptionsError(f"option {key!r}: Inductor wants {expected.__name__}, not {value!r}")
         patches[name] = value
     if "custom_partitioner_fn" in patches:
         raise OptionsError("option 'custom_partitioner_fn': lowmem is a partitioner itself and takes no other")

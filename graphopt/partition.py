@@ -78,9 +78,11 @@ def saved_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
 
 def crossing(forward: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
     """The saved tensors: forward's outputs past the user's own, inputs of the graph left out, each storage once."""
-    inputs = {storage(value) for node in forward.graph.nodes if node.op == "placeholder" and (value := tensor(node)) is not None}
+    placeholders = (tensor(node) for node in forward.graph.find_nodes(op="placeholder"))
+    inputs = {storage(value) for value in placeholders if value is not None}
+    outputs: Sequence[Any] = forward.graph.output_node().args[0]  # type: ignore[assignment]
     found: dict[int, fx.Node] = {}
-    for node in forward.graph.output_node().args[0][num_fwd_outputs:]:
+    for node in outputs[num_fwd_outputs:]:
         value = tensor(node)
         if value is not None and storage(value) not in inputs:
             found.setdefault(storage(value), node)

@@ -24,7 +24,7 @@ import torch._dynamo.config as dynamo_config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback, Unsupported
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -33,7 +33,7 @@ from torch._inductor.virtualized import V
 from graphopt import passes
 from graphopt.backend import split
 from graphopt.errors import CaptureError, GraphoptError
-from graphopt.graph import copy, fake_mode, hint, module_of, source_of, storage_bytes
+from graphopt.graph import copy, fake_mode, hint, module_of, source_of, storage, storage_bytes, tensor
 from graphopt.lowering.decompose import decompose, inductor_table, tracing_table
 from graphopt.options import Options
 from graphopt.partition import crossing, cut
@@ -69,7 +69,7 @@ class Capture:
 
     @cached_property
     def saved(self) -> tuple[SavedTensor, ...]:
-        """The tensors that stock Inductor saves. Traces the model a second time, with all of Inductor's decompositions."""
+        """The tensors that stock Inductor saves; the model is traced again, with all of its decompositions."""
         joint, arguments = _joint_graph(copy(self.forward), self.example_inputs, inductor_table())
         with _tracing(joint):
             return _saved(*min_cut_rematerialization_partition(joint, self.example_inputs, **arguments), arguments)
@@ -81,8 +81,8 @@ class Capture:
         if options.disable:  # the captured joint graph comes of the canonical forward graph
             joint, arguments = _joint_graph(forward, self.example_inputs, tracing_table())
         with _tracing(joint):
-            *halves, more = split(joint, self.example_inputs, options, **arguments)
-        return _saved(*halves, arguments), (*records, *more)
+            forward, backward, more = split(joint, self.example_inputs, options, **arguments)
+        return _saved(forward, backward, arguments), (*records, *more)
 
     def rewritten(self, *rewrites: Pass) -> tuple[fx.GraphModule, list[PassRecord]]:
         """A copy of the joint graph after the passes `rewrites`, and what each of them did."""
@@ -113,10 +113,10 @@ def capture(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Capture:
 def apply(
     gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass] = (*passes.JOINT, *passes.SAVED)
 ) -> fx.GraphModule:
-    """Run passes on a joint graph of forward and backward, for use inside another compiler. The graph is changed in place.
+    """Run passes on a joint graph of forward and backward, in place, for use inside another compiler.
 
-    `passes` defaults to all of graphopt's for joint graphs. What pack_mask adds is spelt out by `graphopt.passes.lower`,
-    to be run on the caller's forward and backward graphs. Raises PassError, naming the pass that failed.
+    `passes` defaults to all of graphopt's for joint graphs. What pack_mask adds is spelt out by
+    `graphopt.passes.lower`, to be run on the caller's forward and backward graphs. Raises PassError, naming the pass.
     """
     return run(gm, example_inputs, tuple(passes))[0]
 
@@ -144,7 +144,7 @@ def _forward_graph(
         with torch.enable_grad(), dynamo_config.patch({_IGNORED: _LOGGING}):
             torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **kwargs)
     except _Stop as stop:
-        return stop.found  # type: ignore[return-value]
+        return stop.found
     except Unsupported as error:
         raise CaptureError(f"the model does not form one graph: {error}") from None
     raise CaptureError("the model does no work on tensors that torch.compile could trace")
@@ -170,7 +170,7 @@ def _joint_graph(
         with torch.enable_grad():
             compiler(gm, example_inputs)
     except _Stop as stop:
-        return stop.found  # type: ignore[return-value]
+        return stop.found
     raise GraphoptError("AOTAutograd did not partition the graph")
 
 
@@ -178,17 +178,26 @@ def _tracing(joint: fx.GraphModule) -> contextlib.AbstractContextManager[object]
     return tracing(TracingContext(fake_mode(joint.graph)))
 
 
-def _saved(
-    forward: fx.GraphModule, backward: fx.GraphModule, arguments: dict[str, Any]
-) -> tuple[SavedTensor, ...]:
+def _saved(forward: fx.GraphModule, backward: fx.GraphModule, arguments: dict[str, Any]) -> tuple[SavedTensor, ...]:
     placeholders = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
-    return tuple(_describe(node, placeholders.get(node.name)) for node in crossing(forward, arguments["num_fwd_outputs"]))
+    nodes = crossing(forward, arguments["num_fwd_outputs"])
+    return tuple(_describe(node, placeholders.get(node.name)) for node in nodes)
 
 
 def _describe(node: fx.Node, in_backward: fx.Node | None) -> SavedTensor:
-    value, maker = node.meta["val"], node.args[0] if node.target is operator.getitem else node
+    value, maker = node.meta["val"], _maker(node)
     shape, size = tuple(hint(size) for size in value.shape), storage_bytes([value])
-    name = str(getattr(maker.target, "overloadpacket", maker.target))  # type: ignore[union-attr]
+    target = maker.args[0].target if maker.target is operator.getitem else maker.target  # type: ignore[union-attr]
+    name = str(getattr(target, "overloadpacket", target))
     # the state of the random numbers of a checkpointed region goes by another name in backward
-    readers = tuple(sorted({module_of(user) for user in in_backward.users} - {""})) if in_backward else ()
-    return SavedTensor(node.name, shape, value.dtype, size, name, module_of(node), source_of(node), readers)
+    readers = tuple(sorted({module_of(user) for user in in_backward.users})) if in_backward else ()
+    return SavedTensor(node.name, shape, value.dtype, size, name, module_of(maker), source_of(maker), readers)
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """The node that computed the storage a saved tensor is a view of."""
+    base = node.args[0] if node.args and node.op == "call_function" else None
+    value = tensor(base)
+    if isinstance(base, fx.Node) and value is not None and storage(value) == storage(node.meta["val"]):
+        return _maker(base)
+    return node

@@ -18,8 +18,8 @@ ORDER = 3
 class Net(nn.Module):
     def __init__(self, dropout: float = 0.0):
         super().__init__()
-        self.first, self.norm, self.up, self.down = nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
-        self.last, self.dropout = nn.RMSNorm(32), nn.Dropout(dropout)
+        self.first, self.norm, self.last = nn.Linear(32, 32), nn.LayerNorm(32), nn.RMSNorm(32)
+        self.up, self.down, self.dropout = nn.Linear(32, 64), nn.Linear(64, 32), nn.Dropout(dropout)
 
     def forward(self, x):
         h = self.first(x)

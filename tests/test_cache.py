@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from graphopt.memory import saved_bytes
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.Dropout(0.5))
+mlp = nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)
+model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), *mlp, nn.Dropout(0.5))
 x, out = torch.randn(64, 32), []
 options = json.loads(sys.argv[1])
 compiled = torch.compile(model, backend="lowmem", options=options)
@@ -29,7 +30,8 @@ print(json.dumps({"saved": saved, "gradients": gradients, "hits": counters["aot_
 def test_a_warm_cache_gives_the_same_and_settings_do_not_mix(tmp_path):
     def run(**options):
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0"}
-        out = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(options)], env=env, check=True, capture_output=True)
+        command = [sys.executable, "-c", SCRIPT, json.dumps(options)]
+        out = subprocess.run(command, env=env, check=True, capture_output=True)
         return json.loads(out.stdout.splitlines()[-1])
 
     cold, warm = run(), run()

@@ -51,4 +51,5 @@ def test_the_environment_is_read_where_no_options_are_given(monkeypatch):
 
 
 def test_options_are_equal_whatever_the_order():
-    assert graphopt.Options(disable=("share_norm", "pack_mask")) == graphopt.Options(disable=["pack_mask", "share_norm"])
+    names = ["share_norm", "pack_mask"]
+    assert graphopt.Options(disable=names) == graphopt.Options(disable=tuple(reversed(names)))

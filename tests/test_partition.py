@@ -12,7 +12,7 @@ from graphopt import backend
 from graphopt.graph import storage_bytes
 from graphopt.partition import crossing
 
-EXPENSIVE = ("mm", "bmm", "addmm", "convolution", "scaled_dot_product", "rand", "bernoulli", "sort", "cumsum", "embedding")
+EXPENSIVE = ("mm", "convolution", "scaled_dot_product", "rand", "bernoulli", "sort", "cumsum", "embedding")
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def halves(monkeypatch):
 
 
 def expensive(gm: fx.GraphModule) -> Counter:
-    names = [str(node.target).split(".")[1] for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    targets = [node.target for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    names = [str(target).split(".")[1] for target in targets]
     return Counter(name for name in names if any(part in name for part in EXPENSIVE) and "backward" not in name)
 
 
@@ -99,7 +100,7 @@ def test_random_numbers_are_drawn_in_forward_only(halves):
 
 
 class Masks(nn.Module):
-    """An activation before dropout: below a memory budget of 1 stock Inductor makes both anew, the mask from new numbers."""
+    """An activation before dropout: below a memory budget of 1 stock Inductor draws the mask again."""
 
     def forward(self, x):
         return F.dropout(F.gelu(x * 2), 0.5)
@@ -141,7 +142,7 @@ def test_a_checkpointed_region_saves_its_inputs_only():
 
     model, x = Net(), torch.randn(2, 16, 32)
     _, expected, _ = step(model, (x,), backend=None)
-    _, stock, kept = step(model, (x,), backend="aot_eager_decomp_partition")
+    _, _, kept = step(model, (x,), backend="aot_eager_decomp_partition")
     _, gradients, saved = step(model, (x,))
     assert distance(gradients, expected) < 1e-6
     assert saved <= kept

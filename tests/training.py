@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ Gradients = dict[str, Tensor]
 
 
 def step(
-    model: nn.Module, inputs: tuple[Any, ...], backend: str | None = "lowmem_eager", seed: int = 7, **compile_options: Any
+    model: nn.Module, inputs: Sequence[Any], backend: str | None = "lowmem_eager", seed: int = 7, **options: Any
 ) -> tuple[Tensor, Gradients, int]:
     """The model's output, the gradients of its parameters and float inputs, and the bytes saved, for mean(output^2)."""
     model = copy.deepcopy(model)
     inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
-    function: Callable[..., Tensor] = model if backend is None else torch.compile(model, backend=backend, **compile_options)
+    function: Callable[..., Tensor] = model if backend is None else torch.compile(model, backend=backend, **options)
     outputs: list[Tensor] = []
     torch.manual_seed(seed)
     kept = saved_bytes(lambda: outputs.append(function(*inputs)), [*model.parameters(), *model.buffers(), *inputs])

@@ -18,9 +18,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def norm(
     x: Tensor, ndim: int, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool, z_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, z, rstd of LayerNorm (centred) or RMSNorm over the last `ndim` dims: y = weight * z + bias, z = (x - mean) * rstd.
+    """y, z, rstd of LayerNorm (centred) or RMSNorm over the last `ndim` dims.
 
-    y has x's dtype and is computed from z before z is rounded to `z_dtype`; rstd is in the compute dtype, dims kept.
+    z = (x - mean) * rstd, y = weight * z + bias. y has x's dtype and is computed before z is rounded to `z_dtype`;
+    rstd is in the compute dtype, dims kept.
     """
     dims = tuple(range(-ndim, 0))
     h = x.to(compute_dtype(x.dtype))
@@ -49,7 +50,8 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (in `dtype`), weight and bias (in weight's dtype) from z alone (MS-BP, LowMemoryBP section 4).
 
-    With dz = weight * grad:  dx = rstd * (dz - mean(dz) - z * mean(dz * z)),  dweight = sum(grad * z),  dbias = sum(grad).
+    With dz = weight * grad:
+    dx = rstd * (dz - mean(dz) - z * mean(dz * z)),  dweight = sum(grad * z),  dbias = sum(grad).
     """
     inner, outer = tuple(range(-ndim, 0)), tuple(range(grad.dim() - ndim))
     dy, z = grad.to(rstd.dtype), z.to(rstd.dtype)

@@ -3,7 +3,7 @@
 They keep an idiom in one piece for as long as passes want to name it. `decompose` and `lower` spell them out before
 Inductor sees a graph; under `lowmem_eager` the reference runs as it stands.
 
-    rms_norm            y, rstd = x * rsqrt(mean(x^2) + eps) * weight over the last dims; y in x's dtype, rstd in float32
+    rms_norm            y = x * rstd * weight, rstd = rsqrt(mean(x^2) + eps); y in x's dtype, rstd in float32
     rms_norm_backward   dx, dweight; an output that `mask` leaves out is empty
     pack, unpack        bool <-> one bit an element, in int32 words
 """
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from graphopt.lowering import formulas
 
-_library = torch.library.Library("graphopt", "DEF")
+_library = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(schema: str, reference: Callable[..., Any]) -> None:
     # the references use plain torch ops only, so the fake implementation is the reference itself
     name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _library.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"graphopt::{name}", reference, lib=_library)
 
 

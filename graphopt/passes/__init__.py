@@ -20,4 +20,6 @@ HALVES = (lower,)
 # decompose and lower spell out what the others leave behind and cannot be left out
 NAMES = tuple(each.__name__ for each in (canonicalize, share_norm, pack_mask))
 
-__all__ = ["FORWARD", "HALVES", "JOINT", "NAMES", "SAVED", "canonicalize", "decompose", "lower", "pack_mask", "share_norm"]
+__all__ = [
+    "FORWARD", "HALVES", "JOINT", "NAMES", "SAVED", "canonicalize", "decompose", "lower", "pack_mask", "share_norm",
+]  # fmt: skip

@@ -59,7 +59,8 @@ class Readers:
         users = [user for user in self.y.users if user in self.backward or user in self.chain] or list(self.y.users)
         dtypes = {user.meta["val"].dtype if packet(user) in CASTS else None for user in users}
         half = dtypes.pop() if len(dtypes) == 1 else None
-        return half if half in HALF else self.y.meta["val"].dtype
+        y: torch.dtype = self.y.meta["val"].dtype
+        return half if half in HALF else y
 
     def weight_gradients(self) -> list[WeightGradient] | None:
         """The readers, if each is the weight gradient of a linear that read y itself; otherwise None."""
@@ -75,7 +76,8 @@ class Readers:
             if layout[y] != ("tokens x width" if rows_first else "width x tokens") or y.meta["val"].dim() != 2:
                 return None
             tokens, width = y.meta["val"].shape if rows_first else reversed(y.meta["val"].shape)
-            found.append(WeightGradient(product, left if rows_first else right, y, rows_first, tokens, width))  # type: ignore[arg-type]
+            grad: fx.Node = left if rows_first else right  # type: ignore[assignment]
+            found.append(WeightGradient(product, grad, y, rows_first, tokens, width))
         return found
 
     def copy(self, source: fx.Node, before: fx.Node) -> dict[fx.Node, fx.Node]:

@@ -1,7 +1,7 @@
 """share_norm (MS-BP, exact): the norm's backward and the next linears' weight gradients read one tensor, z.
 
 Before   backward reads the norm's input x, for the norm, and its output y = weight * z + bias, for dW = g^T y.
-Now      it reads z = (x - mean) * rstd alone, stored in the dtype in which the linears read y. Weight gradients read it as
+Now      it reads z = (x - mean) * rstd alone, stored in the dtype in which the linears read y. Weight gradients are
              dW = (g^T z) diag(weight) + (sum g) (x) bias      (LowMemoryBP, section 4, without merging the weights)
          where that moves fewer bytes than y made anew from z, which any other reader of y in backward gets.
 Costs    one pointwise kernel in backward, over dW or over y; nothing in forward but the store of z.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.graph import after_tangents, in_checkpoint, nbytes, outputs_of, splice
+from graphopt.graph import after_tangents, in_checkpoint, outputs_of, splice
 from graphopt.lowering import formulas, ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.lowering.decompose import inductor_table, replace
 from graphopt.passes.readers import Readers, WeightGradient
@@ -116,7 +116,7 @@ def _redirect(graph: fx.Graph, norm: Norm, readers: Readers, z: fx.Node) -> str:
         links = readers.copy(z, readers.first)
         for each in gradients:
             _rescale(graph, norm, each, links[each.y])
-        return f", and so do {len(gradients)} weight gradients"
+        return f", and so does the gradient of {_count(len(gradients), 'weight')}"
     dtype = norm.y.meta["val"].dtype
     y = splice(
         graph, readers.first, lambda z, w, b: formulas.affine(z, w, b, dtype), (z, norm.weight, norm.bias),
@@ -124,9 +124,13 @@ def _redirect(graph: fx.Graph, norm: Norm, readers: Readers, z: fx.Node) -> str:
     )  # fmt: skip
     links = readers.copy(y, readers.first)
     for reader, inputs in readers.backward.items():
-        for each in inputs:
-            reader.replace_input_with(each, links[each])
-    return f"; its output is made anew from z for {len(readers.backward)} readers"
+        for link in inputs:
+            reader.replace_input_with(link, links[link])
+    return f"; its output is made anew from z for {_count(len(readers.backward), 'reader')}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number > 1 else "")
 
 
 def _rescaling_pays(gradients: list[WeightGradient]) -> bool:
