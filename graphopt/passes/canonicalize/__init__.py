@@ -29,7 +29,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from graphopt.passes.canonicalize import replacements as to
 from graphopt.passes.canonicalize.legality import Reason, illegal
-from graphopt.passes.canonicalize.matching import Match, match
+from graphopt.passes.canonicalize.matching import Match, match, pattern
 from graphopt.passes.canonicalize.operations import cast_to, spelled
 from graphopt.passes.canonicalize.writing import Replacement, erase, replace
 from graphopt.pipeline import fired, left_alone
@@ -64,6 +64,7 @@ IDIOMS: tuple[tuple[str, Callable[..., Any], Replacement], ...] = (
     ("x / (1 + exp(-x)) -> silu", lambda x: x / (1 + (-x).exp()), to.silu),
     ("quick GELU -> silu", lambda x: x * (1.702 * x).sigmoid(), to.quick_gelu),
 )
+_PATTERNS = tuple((name, pattern(formula), replacement) for name, formula, replacement in IDIOMS)
 
 
 def canonicalize(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.GraphModule:
@@ -81,8 +82,8 @@ def canonicalize(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> f
     for root in reversed(list(graph.nodes)):
         if root in erased or (spelled(root) is None and cast_to(root) is None):
             continue
-        for name, formula, replacement in IDIOMS:
-            if (found := match(formula, root)) is None:
+        for name, wanted, replacement in _PATTERNS:
+            if (found := match(wanted, root)) is None:
                 continue
             result = illegal(root, found) or replace(root, found, replacement)
             if isinstance(result, Reason):

@@ -64,7 +64,7 @@ def normalized_shape(found: Match) -> Sequence[int | torch.SymInt] | Reason:
     shapes = [each.shape for each in affine if isinstance(each, Tensor)]
     if len(shapes) < len(affine) or not (shapes or rank):
         return Reason("the size of the normalised dims is not known")
-    shape: Sequence[int | torch.SymInt] = x.shape[-len(last) :] if rank else shapes[0]
+    shape: Sequence[int | torch.SymInt] = x.shape[-len(last) :] if isinstance(x, Tensor) else shapes[0]
     # without x's sizes a weight of size 1 may be broadcast
     if any(len(each) != len(last) or not _same(each, shape) for each in shapes) or (not rank and 1 in shape):
         return Reason("its weight or bias is not of the normalised dims' shape")

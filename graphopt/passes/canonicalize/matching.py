@@ -43,14 +43,16 @@ class Match:
         return replace(self, interior=self.interior.union(nodes))
 
 
-def match(formula: Callable[..., Any], root: fx.Node) -> Match | None:
-    """The match of a formula whose outermost operation is `root`, if there is one."""
-    return next(_node(_pattern(formula), root, Match()), None)
+def pattern(formula: Callable[..., Any]) -> fx.Node:
+    """The outermost operation of a formula's own graph."""
+    result = next(iter(fx.symbolic_trace(formula).graph.find_nodes(op="output"))).args[0]
+    assert isinstance(result, fx.Node)
+    return result
 
 
-@functools.cache
-def _pattern(formula: Callable[..., Any]) -> Any:
-    return next(iter(fx.symbolic_trace(formula).graph.find_nodes(op="output"))).args[0]
+def match(wanted: fx.Node, root: fx.Node) -> Match | None:
+    """The match of a pattern whose outermost operation is `root`, if there is one."""
+    return next(_node(wanted, root, Match()), None)
 
 
 def _node(wanted: Any, node: Any, found: Match) -> Iterator[Match]:

@@ -1,4 +1,4 @@
-"""Putting an op in a formula's place: the dtypes it is computed in and gives, its metadata, what dies with the formula."""
+"""Putting an op in a formula's place: its dtypes and metadata, and what dies with the formula."""
 
 from __future__ import annotations
 
