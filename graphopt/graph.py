@@ -31,9 +31,9 @@ _INHERITED = (
 
 
 def tensor(node: object) -> torch.Tensor | None:
-    """The fake tensor a node stands for; None for tuples, symbolic sizes and unannotated nodes."""
+    """The dense fake tensor a node stands for; None for sparse ones, tuples, symbolic sizes and unannotated nodes."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
+    return value if isinstance(value, torch.Tensor) and value.layout is torch.strided else None
 
 
 def after_tangents(graph: fx.Graph) -> set[fx.Node]:

@@ -83,7 +83,7 @@ def _norm(forward: fx.Node) -> Norm | str:
     readers = {user for node in statistics for user in node.users}
     if in_checkpoint(forward):
         return "its region is checkpointed and recomputed as a whole"
-    if len(readers) != 1 or next(iter(readers)).target is not BACKWARD[forward.target]:  # type: ignore[index]
+    if len(readers) != 1 or 0 not in outputs or next(iter(readers)).target is not BACKWARD[forward.target]:  # type: ignore[index]
         return "no gradient reaches its input or parameters, or its statistics are read elsewhere"
     return Norm(forward, readers.pop(), outputs[0], x, weight, bias[0] if bias else None, len(shape), eps)  # type: ignore[arg-type]
 
