@@ -26,7 +26,7 @@ _TORCH = str(Path(torch.__file__).parent)
 # what a spliced node takes over from the node it stands in for
 _INHERITED = (
     "partitioner_tag", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack",
-    "fwd_source_fn_stack", "seq_nr", "recompute", "ac_graph_id", "custom",
+    "fwd_source_fn_stack", "original_aten", "seq_nr", "recompute", "ac_graph_id", "custom",
 )  # fmt: skip
 
 
