@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -27,7 +28,7 @@ from graphopt import passes
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
-from graphopt.partition import cut, mark, saved_bytes
+from graphopt.partition import crossing_bytes, cut, mark
 from graphopt.pipeline import PassRecord, run
 
 
@@ -47,9 +48,18 @@ def lowmem(
     own, patches = parse(options)
     patches = {**(list_mode_options(mode) if mode else {}), **patches, "custom_partitioner_fn": Partitioner(own)}
     gm, _ = run(gm, example_inputs, passes.FORWARD, own.disable)
-    return compile_fx(  # type: ignore[return-value]
-        gm, example_inputs, _inner_compile, config_patches=patches, decompositions=tracing_table()
-    )
+    with inductor_config.patch(patches):
+        table = tracing_table()
+    return compile_fx(gm, example_inputs, _inner_compile, patches, table)  # type: ignore[return-value]
+
+
+def _reset() -> None:
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+lowmem.reset = _reset  # type: ignore[attr-defined]  # what torch._dynamo.reset() calls
 
 
 def lowmem_eager(
@@ -76,12 +86,16 @@ def split(
     """Rewrite a joint graph, cut it, rewrite what the cut saves, and cut again if that took fewer bytes."""
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
     halves = cut(copy(gm), joint_inputs, **kwargs)
-    mark(gm, halves[0], kwargs["num_fwd_outputs"])
+    outputs = kwargs["num_fwd_outputs"]
+    mark(gm, *halves, outputs)
     gm, more = run(gm, joint_inputs, passes.SAVED, options.disable)
     if any(record.fired for record in more):
         again = cut(gm, joint_inputs, **kwargs)
-        if saved_bytes(again[0], kwargs["num_fwd_outputs"]) < saved_bytes(halves[0], kwargs["num_fwd_outputs"]):
+        if crossing_bytes(again[0], outputs) < crossing_bytes(halves[0], outputs):
             halves = again
+        else:
+            for record in more:
+                record.take_back("it saves no bytes: something else needs the tensor as it is")
     return *halves, records + more
 
 
@@ -105,7 +119,8 @@ def _inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: 
     # a graph without gradients never met the partitioner, so its canonical operators are still whole; once spelt out,
     # Inductor's own table is the right one, and the only one that its cache has a key for
     kwargs.pop("get_decomp_fn", None)
-    return compile_fx_inner(decompose(gm), example_inputs, **kwargs)
+    gm, _ = run(gm, example_inputs, (decompose,))
+    return compile_fx_inner(gm, example_inputs, **kwargs)
 
 
 @cache

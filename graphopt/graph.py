@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
@@ -157,7 +158,7 @@ def splice(
         result = function(*pytree.tree_unflatten(filled, spec))
         return tuple(result) if isinstance(result, tuple) else result  # fx would make a node of a named tuple
 
-    with fake_mode(graph), torch.no_grad():
+    with fake_mode(graph), enable_python_dispatcher(), torch.no_grad():
         traced = make_fx(flat, decomposition_table=dict(decompositions or {}))(*[node.meta["val"] for node in nodes])
     inputs = iter(nodes)
     new: dict[fx.Node, fx.Node] = {}

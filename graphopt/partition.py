@@ -1,9 +1,10 @@
 """The cut: what crosses from forward to backward, and what backward makes anew.
 
 torch's min-cut partitioner does the cutting. Stock heuristics guard speed by keeping every tensor that backward would
-have to write out once more; here they are off, since a pointwise kernel costs less than the bytes it spares. What must
-not run twice is tagged: matrix products, attention, convolutions, random numbers, collectives, reductions, sorting,
-operators nobody knows the price of. A checkpointed region keeps the user's own tags.
+have to write out once more; here they are off, since a pointwise kernel costs less than the bytes it spares. Only what
+torch lists as cheap is made anew: pointwise work, views, casts, indexing. Matrix products, attention, convolutions,
+random numbers, collectives and operators nobody knows the price of are not; nor are reductions to less than a quarter.
+A checkpointed region keeps the user's own tags.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
-from torch._functorch.partitioners import get_default_op_list, min_cut_rematerialization_partition
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.graph import storage, storage_bytes, tensor
 
-SAVED = "graphopt_saved"  # the mark in node.meta of what a cut saves
+# marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
+SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
 
-# functorch's heuristics against recomputation, by their names in torch._functorch.config
-HEURISTICS = {
+# pinned whatever the user has set, by their names in torch._functorch.config
+PINNED = {
     "ban_recompute_used_far_apart": False,  # a residual read again later
     "ban_recompute_materialized_backward": False,  # what a matrix product of backward reads
     "ban_recompute_long_fusible_chains": True,  # from one end of the model to the other
     "ban_recompute_not_in_allowlist": True,
     "ban_recompute_reductions": True,
-    "activation_memory_budget": 1.0,  # below 1 it recomputes random numbers
-    "aggressive_recomputation": False,
+    "activation_memory_budget": 1.0,  # below 1 torch draws random numbers anew
+    "aggressive_recomputation": False,  # as does this
 }
 
 
@@ -42,8 +44,8 @@ def cut(
     **kwargs: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split a joint graph into forward and backward; the arguments are those of a torch partitioner."""
-    tag(gm.graph)
-    with functorch_config.patch(HEURISTICS):
+    keep_random(gm.graph)
+    with functorch_config.patch(PINNED):
         return min_cut_rematerialization_partition(
             gm,
             joint_inputs,
@@ -53,26 +55,28 @@ def cut(
         )
 
 
-def tag(graph: fx.Graph) -> None:
-    """Forbid recomputation of whatever is not cheap and deterministic, where the user has not tagged it himself."""
-    known = get_default_op_list()
+def keep_random(graph: fx.Graph) -> None:
+    """Save what is drawn at random even where torch's list calls it cheap, as it does rrelu."""
     for node in graph.nodes:
-        if node.op != "call_function" or "recompute" in node.meta or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        random = torch.Tag.nondeterministic_seeded in node.target.tags
-        if random or not (known.is_recomputable(node) or known.is_view(node)):
+        seeded = (
+            isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        )
+        if seeded and "recompute" not in node.meta:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def mark(gm: fx.GraphModule, forward: fx.GraphModule, num_fwd_outputs: int) -> None:
-    """Mark in the joint graph what crosses in a cut of it, for passes that act on saved tensors only."""
-    names = {node.name for node in crossing(forward, num_fwd_outputs)}
+def mark(gm: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int) -> None:
+    """Mark in the joint graph what a cut of it saves and what it runs in backward, for passes on saved tensors."""
+    saved = {node.name for node in crossing(forward, num_fwd_outputs)}
+    run_in_backward = {node.name for node in backward.graph.nodes if node.op == "call_function"}
     for node in gm.graph.nodes:
-        if node.name in names:
+        if node.name in saved:
             node.meta[SAVED] = True
+        if node.name in run_in_backward:
+            node.meta[IN_BACKWARD] = True
 
 
-def saved_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
+def crossing_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
     return storage_bytes(node.meta["val"] for node in crossing(forward, num_fwd_outputs))
 
 

@@ -7,9 +7,10 @@ rewrite through `left_alone`; both are kept in the record of the run and read by
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -41,6 +42,11 @@ class PassRecord:
     nodes_removed: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+
+    def take_back(self, why: str) -> None:
+        """Record that what fired was undone, and why."""
+        self.left_alone += [replace(event, text=why) for event in self.fired]
+        self.fired.clear()
 
 
 _record: ContextVar[PassRecord | None] = ContextVar("graphopt_record", default=None)
@@ -104,7 +110,9 @@ def _blame(name: str, error: Exception, gm: fx.GraphModule) -> str:
         node, trace = (found[-1] if found else node), trace.tb_next
     where = f" at node {node.name} ({node.target})" if node is not None else ""
     line = f", made by {source_of(node)}" if node is not None and source_of(node) else ""
+    last = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"pass {name!r} failed{where}{line}: {type(error).__name__}: {error}\n"
-        f"This is a bug in the pass, not in the model; options={{'disable': ['{name}']}} compiles without it."
+        f"  raised at {last.filename}:{last.lineno}, in {last.name}\n"
+        "This is a bug in the pass, not in the model; the option 'disable' leaves out a pass by its name."
     )

@@ -111,12 +111,13 @@ def capture(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Capture:
 
 
 def apply(
-    gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass] = (*passes.JOINT, *passes.SAVED)
+    gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass] = passes.JOINT
 ) -> fx.GraphModule:
     """Run passes on a joint graph of forward and backward, in place, for use inside another compiler.
 
-    `passes` defaults to all of graphopt's for joint graphs. What pack_mask adds is spelt out by
-    `graphopt.passes.lower`, to be run on the caller's forward and backward graphs. Raises PassError, naming the pass.
+    `passes` defaults to the exact rewrites and the decompositions of what they leave whole. Where pack_mask is among
+    them, `graphopt.passes.lower` spells out what it adds, in the forward and backward graphs made of the joint one.
+    Raises PassError, naming the pass that failed.
     """
     return run(gm, example_inputs, tuple(passes))[0]
 

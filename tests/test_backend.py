@@ -147,6 +147,42 @@ def test_activation_checkpointing(backend):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_bodies_of_higher_order_operators(grad):
+    class Cond(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x):
+            x = self.net.first(x)
+            return torch.cond(x.sum() > 0, lambda x: F.gelu(x).sin(), lambda x: F.layer_norm(x, (32,)), (x,))
+
+    model, x = Cond(), torch.randn(4, 16, 32)
+    model.net.requires_grad_(False).first.requires_grad_(grad)
+    compiled = torch.compile(model, backend="lowmem")
+    torch.testing.assert_close(compiled(x), model(x))
+    if grad:
+        compiled(x).square().sum().backward()
+        found = model.net.first.weight.grad.clone()
+        model.zero_grad()
+        model(x).square().sum().backward()
+        # float32, a few roundings of 2^-24 and a sum over 64 tokens
+        torch.testing.assert_close(found, model.net.first.weight.grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_inductors_options_reach_the_decompositions():
+    """With fallback_random, dropout draws what eager draws."""
+    x = torch.rand(64, 128, requires_grad=True)
+    compiled = torch.compile(lambda x: F.dropout(x * 2, 0.5), backend="lowmem", options={"fallback_random": True})
+    torch.manual_seed(3)
+    y = compiled(x)
+    torch.manual_seed(3)
+    assert torch.equal(y, F.dropout(x * 2, 0.5))
+
+
+@pytest.mark.slow
 def test_modes_of_inductor_pass_through():
     check(Net(), (torch.randn(4, 16, 32),), backend="lowmem", mode="reduce-overhead")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.decomposition import select_decomp_table
 
 from graphopt.graph import outputs_of, splice
 from graphopt.lowering import formulas, ops
@@ -20,32 +20,33 @@ CANONICAL = (
     aten.native_layer_norm.default, aten.native_layer_norm_backward.default,
 )  # fmt: skip
 
+OWN: dict[Any, Callable[..., Any]] = {
+    own.rms_norm.default: ops.rms_norm,
+    own.rms_norm_backward.default: ops.rms_norm_backward,
+}
 
-@cache
+
 def inductor_table() -> dict[Any, Callable[..., Any]]:
-    from torch._inductor.decomposition import select_decomp_table
+    """Inductor's decompositions under its present configuration (`fallback_random` changes them)."""
+    return select_decomp_table()
 
-    return dict(select_decomp_table())
 
-
-@cache
 def tracing_table() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions without those of the canonical operators: what a joint graph is traced with."""
     return {op: rule for op, rule in inductor_table().items() if op not in CANONICAL}
 
 
-@cache
-def _own_table() -> dict[Any, Callable[..., Any]]:
-    return {own.rms_norm.default: ops.rms_norm, own.rms_norm_backward.default: ops.rms_norm_backward}
-
-
 def decompose(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.GraphModule:
-    """Spell out the canonical operators that are left, with Inductor's own decompositions, node by node."""
-    table = {op: inductor_table()[op] for op in CANONICAL} | _own_table()
-    for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in table:
-            inline(gm.graph, node, table[node.target])
-    gm.recompile()
+    """Spell out the canonical operators that are left, with Inductor's own decompositions, node by node.
+
+    The bodies of higher-order operators (torch.cond, scan) are traced with the same table, so they are treated too.
+    """
+    table = {op: inductor_table()[op] for op in CANONICAL} | OWN
+    for each in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+        for node in list(each.graph.nodes):
+            if node.op == "call_function" and node.target in table:
+                inline(each.graph, node, table[node.target])
+        each.recompile()
     return gm
 
 

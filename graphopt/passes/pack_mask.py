@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from graphopt.graph import after_tangents, in_backward, in_checkpoint, inherit, nbytes, splice, tensor
+from graphopt.graph import after_tangents, copy_node, in_backward, in_checkpoint, nbytes, splice, tensor
 from graphopt.lowering import formulas, ops  # noqa: F401  (ops registers the operators named below)
-from graphopt.partition import SAVED
+from graphopt.partition import IN_BACKWARD, SAVED
 from graphopt.pipeline import fired, left_alone
 
 own = torch.ops.graphopt
@@ -30,23 +30,36 @@ def pack_mask(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.G
         value = tensor(node)
         if value is None or value.dtype != torch.bool or node.op != "call_function" or node in after:
             continue
-        readers = sorted(user for user in node.users if user in backward)
-        if not readers or (marked and SAVED not in node.meta):
+        if not any(_reads(user, backward) for user in node.users) or (marked and SAVED not in node.meta):
             continue
         if in_checkpoint(node):
             left_alone(node, "its region is checkpointed and recomputed as a whole")
         elif nbytes(value) < 4 * formulas.WORD:
             left_alone(node, "it is no larger than a few words")
         else:
-            unpacked = splice(graph, readers[0], _through_words, (node,), like=readers[0])
-            for reader in readers:
-                reader.replace_input_with(node, unpacked)
-            words = unpacked.args[0]
-            inherit(words, node)  # made where the mask is, so that the two fuse
-            node.append(words)
+            readers = [user for user in node.users if _reads(user, backward)]
+            unpacked = splice(graph, node.next, _through_words, (node,), like=node)
+            unpacked.meta["partitioner_tag"] = "is_backward"
+            _redirect(node, unpacked, readers, backward)
             fired(node, "crosses as one bit an element")
+    graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+def _reads(user: fx.Node, backward: set[fx.Node]) -> bool:
+    return user in backward or IN_BACKWARD in user.meta
+
+
+def _redirect(node: fx.Node, new: fx.Node, readers: Sequence[fx.Node], backward: set[fx.Node]) -> None:
+    """Let backward read `new` for `node`; what it makes anew from `node` gets a copy, which it makes from `new`."""
+    for user in readers:
+        if user in backward:
+            user.replace_input_with(node, new)
+        else:
+            again = copy_node(user, user.next, {node: new})
+            backward.add(again)
+            _redirect(user, again, [each for each in user.users if _reads(each, backward)], backward)
 
 
 def _through_words(mask: torch.Tensor) -> torch.Tensor:

@@ -80,6 +80,59 @@ def test_a_relu_before_a_frozen_linear_saves_bits_only():
     assert distance(gradients, expected) < 1e-6  # float32 rounding of one matrix product
 
 
+def test_a_mask_that_backward_reads_through_what_it_makes_anew():
+    """Attention written out: backward makes masked_fill anew, so it reads the mask twice."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x, mask):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            scores = (q @ k.transpose(-1, -2)).masked_fill(mask == 0, -1e4)
+            return scores.softmax(-1) @ v
+
+    model, inputs = Attention(), (torch.randn(2, 64, 32), torch.randint(0, 2, (2, 64, 64)).float())
+    saved, records = graphopt.capture(model, *inputs).lowmem()
+    assert records[-1].fired and not any(each.dtype == torch.bool for each in saved)
+    _, gradients, kept = step(model, inputs)
+    _, expected, _ = step(model, inputs, backend=None)
+    assert kept == sum(each.bytes for each in saved)
+    # float32: some ten roundings of 2^-24 in a row, over sums of 64
+    assert distance(gradients, expected) < 2e-6
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+def test_what_fired_crosses_as_words_and_nothing_else(masks):
+    class Conditions(nn.Module):
+        def forward(self, x, *conditions):
+            for condition in conditions:
+                x = torch.where(condition > 0, x.sin(), x.tanh())
+            return x
+
+    inputs = [torch.randn(64, 64, requires_grad=True), *(torch.randn(64, 64) for _ in range(masks))]
+    saved, records = graphopt.capture(Conditions(), *inputs).lowmem()
+    assert bool(records[-1].fired) == any(each.operator == "graphopt.pack" for each in saved)
+    assert not (records[-1].fired and any(each.dtype == torch.bool for each in saved))
+    _, gradients, _ = step(Conditions(), inputs)
+    _, expected, _ = step(Conditions(), inputs, backend=None)
+    assert distance(gradients, expected) < 1e-6  # float32, pointwise
+
+
+def test_it_stands_alone_on_a_graph_with_symbolic_sizes():
+    capture = None
+
+    def backend(gm, example_inputs):
+        nonlocal capture
+        capture = graphopt.tracer._joint_graph(gm, example_inputs, graphopt.lowering.decompose.tracing_table())
+        return gm
+
+    torch.compile(Dropout(), backend=backend, dynamic=True)(torch.randn(32, 40, requires_grad=True))
+    joint = pack_mask(capture[0])
+    assert any(node.target is torch.ops.graphopt.pack.default for node in joint.graph.nodes)
+
+
 def test_a_pair_that_falls_into_one_graph_cancels():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
     joint, records = graphopt.capture(model, torch.randn(64, 16)).rewritten(pack_mask)
