@@ -18,8 +18,9 @@ from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import storage, storage_bytes, tensor
+from graphopt.graph import in_backward, storage, storage_bytes, tensor
 
+EQUALITY = (torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor)
 # marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
 SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
 
@@ -44,7 +45,7 @@ def cut(
     **kwargs: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split a joint graph into forward and backward; the arguments are those of a torch partitioner."""
-    keep_random(gm.graph)
+    keep(gm.graph)
     with functorch_config.patch(PINNED):
         return min_cut_rematerialization_partition(
             gm,
@@ -55,14 +56,28 @@ def cut(
         )
 
 
-def keep_random(graph: fx.Graph) -> None:
-    """Save what is drawn at random even where torch's list calls it cheap, as it does rrelu."""
+def keep(graph: fx.Graph) -> None:
+    """Tag what must be saved although torch's list calls it cheap.
+
+    Random numbers (rrelu), and what backward compares for equality (a maximum with what it was taken over): made anew
+    in another kernel, a value may differ in its last bit.
+    """
+    backward = in_backward(graph)
     for node in graph.nodes:
-        seeded = (
-            isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        )
-        if seeded and "recompute" not in node.meta:
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+        if node.target in EQUALITY and node in backward:
+            for compared in map(_base, node.all_input_nodes):
+                compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node that computed what a view shows; a view cannot be tagged."""
+    while node.args and isinstance(node.args[0], fx.Node) and getattr(node.target, "is_view", False):
+        node = node.args[0]
+    return node
 
 
 def mark(gm: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int) -> None:

@@ -24,7 +24,7 @@ def norm(
     rstd is in the compute dtype, dims kept.
     """
     dims = tuple(range(-ndim, 0))
-    h = x.to(compute_dtype(x.dtype))
+    h = x.to(compute_dtype(x.dtype)).contiguous()  # torch's norms answer a contiguous output, whatever x is
     if centred:
         variance, mean = torch.var_mean(h, dims, correction=0, keepdim=True)
         h = h - mean
@@ -54,7 +54,7 @@ def norm_backward(
     dx = rstd * (dz - mean(dz) - z * mean(dz * z)),  dweight = sum(grad * z),  dbias = sum(grad).
     """
     inner, outer = tuple(range(-ndim, 0)), tuple(range(grad.dim() - ndim))
-    dy, z = grad.to(rstd.dtype), z.to(rstd.dtype)
+    dy, z = grad.to(rstd.dtype).contiguous(), z.to(rstd.dtype)
     dz = dy if weight is None else dy * weight
     dx = dz - z * (dz * z).mean(inner, keepdim=True)
     if centred:

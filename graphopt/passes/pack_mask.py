@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from graphopt.graph import after_tangents, copy_node, in_backward, in_checkpoint, nbytes, splice, tensor
+from graphopt.graph import after_tangents, copy_node, hint, in_backward, in_checkpoint, nbytes, splice, tensor
 from graphopt.lowering import formulas, ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.partition import IN_BACKWARD, SAVED
 from graphopt.pipeline import fired, left_alone
@@ -39,7 +39,9 @@ def pack_mask(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.G
         else:
             readers = [user for user in node.users if _reads(user, backward)]
             unpacked = splice(graph, node.next, _through_words, (node,), like=node)
-            unpacked.meta["partitioner_tag"] = "is_backward"
+            for each in (unpacked, *unpacked.all_input_nodes):
+                if each is not node and each.target is not own.pack.default:
+                    each.meta["partitioner_tag"] = "is_backward"
             _redirect(node, unpacked, readers, backward)
             fired(node, "crosses as one bit an element")
     graph.eliminate_dead_code()
@@ -63,4 +65,8 @@ def _redirect(node: fx.Node, new: fx.Node, readers: Sequence[fx.Node], backward:
 
 
 def _through_words(mask: torch.Tensor) -> torch.Tensor:
-    return own.unpack(own.pack(mask), mask.shape)  # type: ignore[no-any-return]
+    # bits lie in the order of the mask's memory, so that what comes back has its strides: a view may follow
+    order = sorted(range(mask.dim()), key=lambda dim: -hint(mask.stride(dim)))
+    dense = mask.permute(order)
+    back = [order.index(dim) for dim in range(mask.dim())]
+    return own.unpack(own.pack(dense), dense.shape).permute(back)  # type: ignore[no-any-return]

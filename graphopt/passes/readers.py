@@ -12,9 +12,13 @@ from graphopt.graph import copy_node, tensor
 aten, prims = torch.ops.aten, torch.ops.prims
 HALF = (torch.bfloat16, torch.float16)
 CASTS = {aten._to_copy, prims.convert_element_type}
+# through these a rounding of y stays a rounding; a comparison, a clamp or a maximum must see what forward saw
+SMOOTH = {aten.mul, aten.div, aten.gelu, aten.silu}
+SUMS = {aten.add, aten.sub}
+SMOOTH_BACKWARD = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution_backward, aten.mul, aten.gelu_backward,
+                   aten.silu_backward}  # fmt: skip
 VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.permute, aten.t, aten.transpose, aten.expand, aten.squeeze,
          aten.unsqueeze, aten.select, aten.slice, aten.alias, aten.clone}  # fmt: skip
-SUMS = {aten.add, aten.sub}
 
 
 @dataclass(frozen=True)
@@ -32,27 +36,31 @@ class WeightGradient:
 class Readers:
     """The ways from y to backward.
 
-    `chain` holds y and the forward nodes made from it by casts, views and pointwise work, in order and up to the next
-    sum of two tensors; `backward` the nodes of backward that read one of them, each with what it reads.
+    `chain` holds y and the forward nodes made from it by casts, views and smooth pointwise work, in order; `backward`
+    the nodes of backward that read one of them, each with what it reads. `smooth` tells whether backward may read y
+    with one more rounding than forward had.
     """
 
     def __init__(self, y: fx.Node, after: set[fx.Node]) -> None:
         chain, backward, queue = {y}, dict[fx.Node, list[fx.Node]](), [y]
+        self.smooth = True
         while queue:
             node = queue.pop()
             for user in node.users:
                 if user in after:
                     backward.setdefault(user, []).append(node)
-                elif user not in chain and _cheap(user):
+                    self.smooth &= packet(user) in SMOOTH_BACKWARD
+                elif user not in chain and _link(user, chain):
                     chain.add(user)
                     queue.append(user)
+                elif user not in chain and packet(user) not in SUMS and _pointwise(user):
+                    self.smooth = False
         needed = {node for inputs in backward.values() for node in inputs}
         for node in sorted(chain, reverse=True):
             if node in needed:
                 needed.update(argument for argument in node.all_input_nodes if argument in chain)
         self.y, self.backward = y, backward
         self.chain = [node for node in sorted(chain) if node in needed]
-        self.first = min(backward) if backward else None
 
     def dtype(self) -> torch.dtype:
         """y's dtype, or the half precision that every reader casts it to first (as autocast makes them do)."""
@@ -80,12 +88,12 @@ class Readers:
             found.append(WeightGradient(product, grad, y, rows_first, tokens, width))
         return found
 
-    def copy(self, source: fx.Node, before: fx.Node) -> dict[fx.Node, fx.Node]:
-        """The chain made anew ahead of `before`, with `source` in the place of y."""
+    def copy(self, source: fx.Node) -> dict[fx.Node, fx.Node]:
+        """The chain made anew from `source` in y's place, each link after the one it copies."""
         new = {self.y: source}
         for node in self.chain:
             if node is not self.y:
-                new[node] = copy_node(node, before, new)
+                new[node] = copy_node(node, node.next, new)
         return new
 
 
@@ -93,10 +101,16 @@ def packet(node: fx.Node) -> object:
     return getattr(node.target, "overloadpacket", None)
 
 
-def _cheap(node: fx.Node) -> bool:
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    cheap = packet(node) in VIEWS or packet(node) in CASTS or (pointwise and packet(node) not in SUMS)
-    return cheap and tensor(node) is not None
+def _link(node: fx.Node, chain: set[fx.Node]) -> bool:
+    if tensor(node) is None or sum(argument in chain for argument in node.all_input_nodes) != 1:
+        return False
+    if packet(node) in SUMS:  # a shifted input of a linear; not the residual stream, which norms and further sums read
+        return not any(packet(user) in SUMS or not isinstance(tensor(user), torch.Tensor) for user in node.users)
+    return packet(node) in VIEWS | CASTS | SMOOTH
+
+
+def _pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _layout(node: fx.Node, layout: dict[fx.Node, str], y: fx.Node) -> str:

@@ -69,6 +69,9 @@ def share_norm(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.
         if not readers.backward and readers.dtype().itemsize >= norm.dtype.itemsize:
             left_alone(node, "backward does not read the norm's output; keeping its input costs no more")
             continue
+        if not readers.smooth and readers.dtype() != formulas.compute_dtype(norm.dtype):
+            left_alone(node, "its output is compared or clamped further on, which backward must see unrounded")
+            continue
         fired(node, _share(graph, norm, readers))
     graph.eliminate_dead_code()
     gm.recompile()
@@ -109,23 +112,24 @@ def _share(graph: fx.Graph, norm: Norm, readers: Readers) -> str:
 
 def _redirect(graph: fx.Graph, norm: Norm, readers: Readers, z: fx.Node) -> str:
     """Let backward's readers of y read z, or y made anew from z."""
-    if readers.first is None:
-        return ""
     gradients = readers.weight_gradients() if norm.ndim == 1 and norm.weight is not None else None
     if gradients and _rescaling_pays(gradients):
-        links = readers.copy(z, readers.first)
+        links = readers.copy(z)
         for each in gradients:
             _rescale(graph, norm, each, links[each.y])
         return f", and so does the gradient of {_count(len(gradients), 'weight')}"
+    if not readers.backward:
+        return ""
     dtype = norm.y.meta["val"].dtype
-    y = splice(
-        graph, readers.first, lambda z, w, b: formulas.affine(z, w, b, dtype), (z, norm.weight, norm.bias),
-        like=norm.backward, decompositions=inductor_table(),
-    )  # fmt: skip
-    links = readers.copy(y, readers.first)
-    for reader, inputs in readers.backward.items():
-        for link in inputs:
-            reader.replace_input_with(link, links[link])
+    if z.meta["val"].dtype != formulas.compute_dtype(dtype):  # otherwise forward's y is made from this z already
+        y = splice(
+            graph, norm.forward, lambda z, w, b: formulas.affine(z, w, b, dtype), (z, norm.weight, norm.bias),
+            like=norm.backward, decompositions=inductor_table(),
+        )  # fmt: skip
+        links = readers.copy(y)
+        for reader, inputs in readers.backward.items():
+            for link in inputs:
+                reader.replace_input_with(link, links[link])
     return f"; its output is made anew from z for {_count(len(readers.backward), 'reader')}"
 
 

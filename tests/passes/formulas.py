@@ -57,6 +57,11 @@ def tanh_gelu_distributed(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608 * x + 0.044715 * 0.7978845608 * x * x * x))
 
 
+def rms_mean_dtype(x: Tensor, w: Tensor) -> Tensor:
+    variance = x.float().pow(2).mean(-1, keepdim=True, dtype=torch.float32)
+    return w * (x * torch.rsqrt(variance + 1e-6)).type_as(x)
+
+
 def t5_layer_norm() -> nn.Module:
     return T5LayerNorm(D)
 
@@ -70,6 +75,7 @@ NORMS = [
     ("nn.RMSNorm eps", lambda: nn.RMSNorm(D, eps=1e-3), "rms_norm.default"),
     ("F.rms_norm", lambda: Formula(lambda x: F.rms_norm(x, (D,))), "rms_norm.default"),
     ("rms sqrt", lambda: Formula(lambda x: x / torch.sqrt(mean(x.square()) + 1e-6)), "rms_norm.default"),
+    ("rms mean dtype", lambda: Formula(rms_mean_dtype, 1), "rms_norm.default"),
     ("rms power", lambda: Formula(lambda x, w: w * x * (mean(x * x) + 1e-6) ** -0.5, 1), "rms_norm.default"),
     ("layer norm mean", lambda: Formula(layer_norm_mean, 2), "layer_norm"),
     ("layer norm var", lambda: Formula(layer_norm_var, 1), "layer_norm"),
@@ -96,3 +102,10 @@ def prepared(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     return module.to(dtype)
+
+
+def rounding(dtype: torch.dtype, times: int, exact: Tensor) -> float:
+    """How far a result may be from `exact`: `times` roundings to dtype, and those of an op that works in float32."""
+    # float32: at most 8 + 6 additions (width, rows) and 18 operations, on terms below 1 + max |result|
+    roundings = times * torch.finfo(dtype).eps / 2 + 32 * torch.finfo(torch.float32).eps / 2
+    return roundings * (1 + exact.abs().max().item())

@@ -7,7 +7,7 @@ Costs    nothing. Values change by rounding: the op computes in float32 and roun
 
 Gradients are exact. A match is left alone where somebody else reads its inside, something is changed in place or a
 grad or autocast mode switches on the way, or where dtypes and shapes do not show that op and formula are the same.
-Without metadata and without example inputs a floating point input is assumed.
+Dtypes and shapes come from the graph's metadata or from example inputs.
 
     operations.py     what one node does, however it is spelled
     matching.py       where a formula stands in the graph
@@ -30,8 +30,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from graphopt.passes.canonicalize import replacements as to
 from graphopt.passes.canonicalize.legality import Reason, illegal
 from graphopt.passes.canonicalize.matching import Match, match, pattern
-from graphopt.passes.canonicalize.operations import cast_to, spelled
-from graphopt.passes.canonicalize.writing import Replacement, erase, replace
+from graphopt.passes.canonicalize.operations import is_cast, spelled
+from graphopt.passes.canonicalize.writing import Replacement, erase, put_in_place
 from graphopt.pipeline import fired, left_alone
 
 SCALE = (2 / math.pi) ** 0.5
@@ -71,7 +71,7 @@ def canonicalize(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> f
     """Replace the formulas of IDIOMS in a forward graph by one op each; a graph without any comes back untouched.
 
     Takes Dynamo's graphs and those of torch.fx.symbolic_trace. `example_inputs` give dtypes and shapes to a graph that
-    has none in its metadata.
+    has none in its metadata; without either every formula is left alone.
     """
     graph = gm.graph
     if example_inputs and not any("val" in node.meta or "example_value" in node.meta for node in graph.nodes):
@@ -80,12 +80,12 @@ def canonicalize(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> f
     erased: set[fx.Node] = set()
     missed: dict[fx.Node, tuple[Reason, Match]] = {}
     for root in reversed(list(graph.nodes)):
-        if root in erased or (spelled(root) is None and cast_to(root) is None):
+        if root in erased or (spelled(root) is None and not is_cast(root)):
             continue
         for name, wanted, replacement in _PATTERNS:
             if (found := match(wanted, root)) is None:
                 continue
-            result = illegal(root, found) or replace(root, found, replacement)
+            result = illegal(root, found) or put_in_place(root, found, replacement)
             if isinstance(result, Reason):
                 missed.setdefault(root, (result, found))
                 continue

@@ -27,17 +27,21 @@ _LONGEST = 64
 # a factor and its power, or an operand and its sign
 Weighted = tuple[Any, float]
 
-# constants are often written with seven digits
-_close = functools.partial(math.isclose, rel_tol=1e-6)
+# a constant is recognised by six digits; whether that is enough of them is for legality.py to say
+_RECOGNISED = 1e-6
 
 
 @dataclass(frozen=True)
 class Match:
-    """Where a formula was found: what its parameters stand for, the nodes from them to the root, its means and vars."""
+    """Where a formula was found: what its parameters stand for, the nodes from them to the root, its means and vars.
+
+    `off` is how far its constants are from the formula's, relative to them.
+    """
 
     names: dict[str, Any] = field(default_factory=dict)
     interior: frozenset[fx.Node] = frozenset()
     reductions: tuple[fx.Node, ...] = ()
+    off: float = 0.0
 
     def inside(self, nodes: Sequence[fx.Node]) -> Match:
         return replace(self, interior=self.interior.union(nodes))
@@ -57,8 +61,8 @@ def match(wanted: fx.Node, root: fx.Node) -> Match | None:
 
 def _node(wanted: Any, node: Any, found: Match) -> Iterator[Match]:
     if not isinstance(wanted, fx.Node):
-        if isinstance(node, (int, float)) and _close(wanted, node):
-            yield found
+        if isinstance(node, (int, float)):
+            yield from _constant(wanted, node, found)
     elif wanted.op == "placeholder":
         name, bound = str(wanted.target), origin(node) if isinstance(node, fx.Node) else node
         number = isinstance(node, (int, float)) or isinstance(value(node), torch.SymFloat)
@@ -73,14 +77,20 @@ def _operation(wanted: fx.Node, node: fx.Node, found: Match) -> Iterator[Match]:
     kind, other = spelled(wanted), spelled(node)
     if (product := _pattern_product(wanted)) is not None:
         given = _product(node)
-        if given is not None and _close(product.coefficient, given.coefficient):
-            yield from _paired(list(product.factors.values()), list(given.factors.values()), found.inside(given.inside))
+        if given is not None:
+            for settled in _constant(product.coefficient, given.coefficient, found.inside(given.inside)):
+                yield from _paired(list(product.factors.values()), list(given.factors.values()), settled)
     elif kind in ("add", "sub") and other in ("add", "sub"):
         yield from _paired(_operands(wanted), _operands(node), found)
     elif kind == other and (kind in ("mean", "var", "rms_norm") or len(node.args) + len(node.kwargs) == 1):
         if kind in ("mean", "var"):
             found = replace(found, reductions=(*found.reductions, node))
         yield from _node(wanted.args[0], node.args[0] if node.args else node.kwargs.get("input"), found)
+
+
+def _constant(wanted: float, given: float, found: Match) -> Iterator[Match]:
+    if math.isclose(wanted, given, rel_tol=_RECOGNISED):
+        yield replace(found, off=max(found.off, abs(given / wanted - 1)))
 
 
 def _paired(wanted: Sequence[Weighted], given: Sequence[Weighted], found: Match) -> Iterator[Match]:

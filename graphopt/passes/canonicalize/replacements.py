@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from graphopt.lowering import ops  # noqa: F401  (registers graphopt.rms_norm)
 from graphopt.passes.canonicalize.legality import Reason, normalized_shape
-from graphopt.passes.canonicalize.operations import cast_to, module_called, value
+from graphopt.passes.canonicalize.operations import is_cast, module_called, value
 from graphopt.passes.canonicalize.writing import Replacement, Writer
 
 
@@ -23,16 +23,15 @@ def layer_norm(write: Writer) -> fx.Node | Reason:
         return sizes
 
     def op(x: fx.Node) -> fx.Node:
-        wanted = value(x)
+        dtype = value(x).dtype
         affine = [names.get("w"), names.get("b")]
         for at, each in enumerate(affine):
             # the kernel takes one dtype; the root's dtype is no narrower, so nothing is lost
-            if each is not None and (not isinstance(wanted, Tensor) or value(each).dtype != wanted.dtype):
+            if each is not None and value(each).dtype != dtype:
                 affine[at] = write.call("type_as", each, x)
         result = write.call(F.layer_norm, x, sizes, *affine, _number(names["eps"]))
         # under autocast layer_norm gives float32 and the formula does not
-        half = isinstance(wanted, Tensor) and wanted.dtype.itemsize < 4
-        return write.call("to", result, wanted.dtype) if half else result
+        return write.call("to", result, dtype) if dtype.itemsize < 4 else result
 
     return write.apply(op)
 
@@ -44,7 +43,7 @@ def rms_norm(write: Writer) -> fx.Node | Reason:
 
 def own_rms_norm(write: Writer) -> fx.Node | Reason:
     """torch's own rms_norm, function or module, which dissolves on its way to the joint graph."""
-    node = next(each for each in sorted(write.found.interior) if cast_to(each) is None)
+    node = next(each for each in sorted(write.found.interior) if not is_cast(each))
     given: dict[str, Any]
     if (module := module_called(node)) is not None:
         given = {"normalized_shape": module.normalized_shape, "eps": module.eps}
@@ -52,17 +51,14 @@ def own_rms_norm(write: Writer) -> fx.Node | Reason:
             given["weight"] = write.attribute(f"{node.target}.weight")
     else:
         given = {**dict(zip(("input", "normalized_shape", "weight", "eps"), node.args)), **node.kwargs}
-    eps, known = given.get("eps"), value(write.x)
-    if eps is None:
-        if not isinstance(known, Tensor):
-            return Reason("its default eps depends on a dtype that is not known: give example inputs")
+    if (eps := given.get("eps")) is None:
         # the documentation says the input's own eps; the code takes that of the dtype it computes in
-        eps = torch.finfo(torch.promote_types(known.dtype, torch.float32)).eps
+        eps = torch.finfo(torch.promote_types(value(write.x).dtype, torch.float32)).eps
     shape = given["normalized_shape"]
     return _rms_norm(write, shape if isinstance(shape, fx.Node) else list(shape), given.get("weight"), eps)
 
 
-def _rms_norm(write: Writer, shape: Any, weight: Any, eps: Any) -> fx.Node | Reason:
+def _rms_norm(write: Writer, shape: Any, weight: Any, eps: Any) -> fx.Node:
     op = torch.ops.graphopt.rms_norm.default
     return write.apply(lambda x: write.call(operator.getitem, write.call(op, x, shape, weight, _number(eps)), 0))
 
@@ -92,12 +88,11 @@ tanh_gelu = _activation(F.gelu, approximate="tanh")
 silu = _activation(F.silu)
 
 
-def quick_gelu(write: Writer) -> fx.Node | Reason:
+def quick_gelu(write: Writer) -> fx.Node:
     """x sigmoid(1.702 x) = silu(1.702 x) / 1.702."""
 
     def op(x: fx.Node) -> fx.Node:
         return write.call(operator.mul, write.call(F.silu, write.call(operator.mul, x, 1.702)), 1 / 1.702)
 
     # 1.702 x leaves float16 from 38488 on, where the formula still gives x
-    known = value(write.x)
-    return write.apply(op, torch.float32 if not isinstance(known, Tensor) or known.dtype == torch.float16 else None)
+    return write.apply(op, torch.float32 if value(write.x).dtype == torch.float16 else None)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from graphopt.passes.canonicalize.legality import Reason, differing
 from graphopt.passes.canonicalize.matching import Match
-from graphopt.passes.canonicalize.operations import cast_to, origin, spelled, value
+from graphopt.passes.canonicalize.operations import is_cast, value
 
 
 class Writer:
@@ -27,11 +27,10 @@ class Writer:
         method = isinstance(target, str)
         node = self.graph.create_node("call_method" if method else "call_function", target, args, kwargs)
         node.meta = {k: v for k, v in self.root.meta.items() if k not in ("example_value", "val", "tensor_meta")}
-        if all(value(each) is not None for each in node.all_input_nodes):
-            function = getattr(Tensor, target) if method else target
-            with torch.no_grad():
-                result = function(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))
-            node.meta["val" if "val" in self.root.meta else "example_value"] = result
+        function = getattr(Tensor, target) if method else target
+        with torch.no_grad():
+            result = function(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))
+        node.meta["val" if "val" in self.root.meta else "example_value"] = result
         self.made.append(node)
         return node
 
@@ -40,33 +39,20 @@ class Writer:
         self.made.append(node)
         return node
 
-    def apply(self, op: Callable[[fx.Node], fx.Node], wide: torch.dtype | None = None) -> fx.Node | Reason:
+    def apply(self, op: Callable[[fx.Node], fx.Node], wide: torch.dtype | None = None) -> fx.Node:
         """op(x) with the root's dtype, computed in what x, root and `wide` promote to."""
-        before, after = value(self.x), value(self.root)
-        if isinstance(before, Tensor) and isinstance(after, Tensor):
-            dtype = reduce(torch.promote_types, (after.dtype, wide or before.dtype), before.dtype)
-            return self._cast(op(self._cast(self.x, dtype)), after.dtype)
-        sources = _dtypes(self.root, self.found)
-        known = [each for each in sources if isinstance(each, torch.dtype)]
-        if wide is not None or len(known) < len(sources - {self.x}):
-            return Reason("its dtype is not known: give example inputs")
-        if not known:
-            return op(self.x)
-        # the same promotion, left to the run
-        common = reduce(torch.promote_types, known)
-        own = self.call(getattr, self.x, "dtype")
-        result = op(self.call("to", self.x, self.call(torch.promote_types, own, common)))
-        return result if self.x in sources else self.call("to", result, common)
+        before, after = value(self.x).dtype, value(self.root).dtype
+        dtype = reduce(torch.promote_types, (after, wide or before), before)
+        return self._cast(op(self._cast(self.x, dtype)), after)
 
     def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        known = value(node)
-        return node if isinstance(known, Tensor) and known.dtype == dtype else self.call("to", node, dtype)
+        return node if value(node).dtype == dtype else self.call("to", node, dtype)
 
 
 Replacement = Callable[[Writer], fx.Node | Reason]
 
 
-def replace(root: fx.Node, found: Match, replacement: Replacement) -> fx.Node | Reason:
+def put_in_place(root: fx.Node, found: Match, replacement: Replacement) -> fx.Node | Reason:
     """Have everybody read the replacement where they read the root, or give the reason why they cannot."""
     with root.graph.inserting_before(root):
         writer = Writer(root, found)
@@ -88,24 +74,9 @@ def erase(root: fx.Node, found: Match) -> set[fx.Node]:
     waiting = [root]
     while waiting:
         node = waiting.pop()
-        spare = node in found.interior or cast_to(node) is not None or node.target is getattr
+        spare = node in found.interior or is_cast(node) or node.target is getattr
         if spare and not node.users and node not in erased:
             waiting += node.all_input_nodes
             node.graph.erase_node(node)
             erased.add(node)
     return erased
-
-
-def _dtypes(node: fx.Node, found: Match) -> frozenset[fx.Node | torch.dtype]:
-    # what a node's dtype is promoted from: dtypes known, and nodes whose dtype is not
-    to = cast_to(node) if node is not found.names["x"] else None
-    if isinstance(to, torch.dtype):
-        return frozenset({to})
-    if to is not None:
-        return _dtypes(origin(to), found)
-    if isinstance(known := value(node), Tensor):
-        return frozenset({known.dtype})
-    if node not in found.interior:
-        return frozenset({node})
-    inputs = node.all_input_nodes[: 1 if spelled(node) == "rms_norm" else None]
-    return frozenset[fx.Node | torch.dtype]().union(*(_dtypes(each, found) for each in inputs))
