@@ -3,9 +3,10 @@
     python benchmarks/blocks.py                                                   # every block, every method
     python benchmarks/blocks.py --blocks vit-full llama-full --methods inductor lowmem:exact --out /tmp/blocks.json
 
-A method is eager, inductor, checkpoint (under Inductor), lowmem or lowmem:PRESET. Sizes are in units: tokens x width x
-2 bytes, one bf16 hidden state. Saved bytes and peak are deterministic; time is a ratio to stock Inductor, the median of
-pairs of steps run in turn; the gradient error is |g - g0| / |g0|, g0 from float32 eager on the same batch.
+A method is eager, inductor, one of KNOBS (torch's own settings), checkpoint, lowmem or lowmem:PRESET. Sizes are in
+units: tokens x width x 2 bytes, one bf16 hidden state. Saved bytes and peak are deterministic; time is a ratio to stock
+Inductor, the median of pairs of steps run in turn; the gradient error is |g - g0| / |g0|, g0 from float32 eager on the
+same batch.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from networks import BLOCKS, WIDTH, build
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
@@ -30,7 +32,13 @@ from graphopt.options import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 STOCK = "inductor"
-METHODS = ("eager", STOCK, "checkpoint", *(f"lowmem:{preset}" for preset in PRESETS))
+# torch's own ways to save less, as patches of torch._functorch.config
+KNOBS: dict[str, dict[str, Any]] = {
+    "heuristics-off": {"ban_recompute_used_far_apart": False, "ban_recompute_materialized_backward": False},
+    "aggressive": {"aggressive_recomputation": True},
+    "budget-0.5": {"activation_memory_budget": 0.5},
+}
+METHODS = (STOCK, *KNOBS, "checkpoint", *(f"lowmem:{preset}" for preset in PRESETS))
 BATCH, TOKENS = 4, 256
 UNIT = BATCH * TOKENS * WIDTH * 2
 SEED = 7
@@ -141,7 +149,7 @@ def measure(name: str, methods: list[str], steps: int, device: torch.device) -> 
 def first_call(method: str, net: nn.Sequential, x: Tensor) -> Run:
     """The network under `method` after its first step, which compiles it from an empty cache."""
     run = Run(method, net, _compiled(method, Checkpointed(net) if method == "checkpoint" else net))
-    with fresh_cache():
+    with fresh_cache(), functorch_config.patch(KNOBS.get(method, {})):
         run.first_call = run.step(x)
     return run
 
@@ -167,7 +175,7 @@ def gradient_error(run: Run, exact: Run, x: Tensor) -> float:
 def _compiled(method: str, function: Callable[..., Any]) -> Callable[..., Any]:
     if method == "eager":
         return function
-    backend, _, preset = ("inductor" if method == "checkpoint" else method).partition(":")
+    backend, _, preset = (STOCK if method == "checkpoint" or method in KNOBS else method).partition(":")
     # fullgraph, so that nothing runs in eager unnoticed
     return torch.compile(function, backend=backend, options={"preset": preset} if preset else None, fullgraph=True)
 

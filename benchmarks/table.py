@@ -52,6 +52,7 @@ def render(results: Row) -> str:
         f"torch {results['torch']}, {device}. Saved bytes in units of one hidden state "
         f"({results['unit_bytes'] / 2**20:g} MiB) and as a share of stock Inductor's:\n\n"
         f"{_table(rows, _memory)}\n\n"
+        f"Peak memory of a step above what is held before it, in the same units:\n\n{_table(rows, _peak)}\n\n"
         f"Step time as a multiple of stock Inductor's (median of {results['timed_steps']} pairs) / gradient error "
         f"against float32:\n\n{_table(rows, _cost)}"
     )
@@ -68,6 +69,10 @@ def _table(rows: dict[tuple[str, str], Row], cell: Callable[[Row], str]) -> str:
 
 def _memory(row: Row) -> str:
     return f"{row['saved_units']:.1f} ({row['saved_of_stock']:.0%})"
+
+
+def _peak(row: Row) -> str:
+    return f"{row['peak_units']:.1f}"
 
 
 def _cost(row: Row) -> str:

@@ -28,8 +28,8 @@ from graphopt import passes
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
-from graphopt.partition import crossing_bytes, cut, mark
-from graphopt.pipeline import PassRecord, run
+from graphopt.partition import STOCK, crossing_bytes, cut, mark
+from graphopt.pipeline import PassRecord, run, take_back
 
 
 def lowmem(
@@ -83,19 +83,26 @@ def lowmem_eager(
 def split(
     gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[PassRecord]]:
-    """Rewrite a joint graph, cut it, rewrite what the cut saves, and cut again if that took fewer bytes."""
+    """Rewrite a joint graph, cut it, rewrite what the cut saves, cut again. A step that does not pay is taken back."""
+
+    def saved(halves: tuple[fx.GraphModule, fx.GraphModule]) -> int:
+        return crossing_bytes(halves[0], kwargs["num_fwd_outputs"])
+
+    plain = decompose(copy(gm))
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
     halves = cut(copy(gm), joint_inputs, **kwargs)
-    outputs = kwargs["num_fwd_outputs"]
-    mark(gm, *halves, outputs)
+    stock = cut(copy(plain), joint_inputs, STOCK, **kwargs)
+    if saved(halves) > saved(stock):
+        take_back(records, "stock Inductor saves fewer bytes of this graph")
+        gm, halves = plain, min(cut(copy(plain), joint_inputs, **kwargs), stock, key=saved)
+    mark(gm, *halves, kwargs["num_fwd_outputs"])
     gm, more = run(gm, joint_inputs, passes.SAVED, options.disable)
     if any(record.fired for record in more):
         again = cut(gm, joint_inputs, **kwargs)
-        if crossing_bytes(again[0], outputs) < crossing_bytes(halves[0], outputs):
+        if saved(again) < saved(halves):
             halves = again
         else:
-            for record in more:
-                record.take_back("it saves no bytes: something else needs the tensor as it is")
+            take_back(more, "it saves no bytes: something else needs the tensor as it is")
     return *halves, records + more
 
 

@@ -77,12 +77,13 @@ def storage_bytes(values: Iterable[torch.Tensor]) -> int:
 def read_by_backward(graph: fx.Graph) -> list[fx.Node]:
     """The forward tensors that backward reads as the graph stands, before any cut; inputs of the graph left out."""
     backward = in_backward(graph)
+    inputs = {storage(value) for node in graph.find_nodes(op="placeholder") if (value := tensor(node)) is not None}
     return [
         node
         for node in graph.nodes
         if node not in backward
-        and node.op == "call_function"
-        and tensor(node) is not None
+        and (value := tensor(node)) is not None
+        and storage(value) not in inputs
         and any(user in backward for user in node.users)
     ]
 

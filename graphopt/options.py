@@ -17,9 +17,10 @@ PRESETS = ("exact",)
 
 @dataclass(frozen=True)
 class Options:
-    """What can be set on `lowmem`, in `torch.compile(options=...)` or as JSON in the variable GRAPHOPT_OPTIONS.
+    """What can be set in `torch.compile(options=...)`, or as JSON in GRAPHOPT_OPTIONS where no options are given.
 
-    preset   "exact": gradients equal stock Inductor's up to rounding order.
+    preset   "exact": gradients equal stock Inductor's up to rounding. Beside its order, one rounding is new: a norm's
+             gradient reads z in the dtype in which the next linears read it.
     disable  names of passes to leave out, such as ("share_norm",).
 
     Raises OptionsError for a value that is not allowed, naming those that are.
@@ -56,7 +57,7 @@ def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     for key, value in given.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise OptionsError(_unknown(str(key), [*OWN, *known]))
+            raise OptionsError(_unknown(str(key), list(known)))
         expected = inductor_config.get_type(name)  # type: ignore[attr-defined]
         if get_origin(expected) is None and not isinstance(value, expected):
             raise OptionsError(f"option {key!r}: Inductor wants {expected.__name__}, not {value!r}")
@@ -83,8 +84,9 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _unknown(key: str, known: list[str]) -> str:
+    own = difflib.get_close_matches(key, OWN, n=1, cutoff=0.5)
     return (
-        f"unknown option: {_nearest(key, known)}\n"
+        f"unknown option: {_nearest(key, OWN if own else known)}\n"
         f"graphopt's own: {', '.join(OWN)}; every key of torch._inductor.config is passed on to Inductor"
     )
 

@@ -9,7 +9,7 @@ A checkpointed region keeps the user's own tags.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,28 +25,34 @@ EQUALITY = (torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor)
 SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
 
 # pinned whatever the user has set, by their names in torch._functorch.config
-PINNED = {
+STOCK = {
+    "activation_memory_budget": 1.0,  # below 1 torch draws random numbers anew
+    "aggressive_recomputation": False,  # as does this
+}
+FEWEST_BYTES = STOCK | {
     "ban_recompute_used_far_apart": False,  # a residual read again later
     "ban_recompute_materialized_backward": False,  # what a matrix product of backward reads
     "ban_recompute_long_fusible_chains": True,  # from one end of the model to the other
     "ban_recompute_not_in_allowlist": True,
     "ban_recompute_reductions": True,
-    "activation_memory_budget": 1.0,  # below 1 torch draws random numbers anew
-    "aggressive_recomputation": False,  # as does this
 }
 
 
 def cut(
     gm: fx.GraphModule,
     joint_inputs: Sequence[object],
+    heuristics: Mapping[str, object] = FEWEST_BYTES,
     *,
     num_fwd_outputs: int,
     static_lifetime_input_indices: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Split a joint graph into forward and backward; the arguments are those of a torch partitioner."""
+    """Split a joint graph into forward and backward, under torch's heuristics as pinned by `heuristics`.
+
+    The other arguments are those of a torch partitioner.
+    """
     keep(gm.graph)
-    with functorch_config.patch(PINNED):
+    with functorch_config.patch(dict(heuristics)):
         return min_cut_rematerialization_partition(
             gm,
             joint_inputs,

@@ -43,11 +43,6 @@ class PassRecord:
     bytes_before: int = 0
     bytes_after: int = 0
 
-    def take_back(self, why: str) -> None:
-        """Record that what fired was undone, and why."""
-        self.left_alone += [replace(event, text=why) for event in self.fired]
-        self.fired.clear()
-
 
 _record: ContextVar[PassRecord | None] = ContextVar("graphopt_record", default=None)
 
@@ -62,6 +57,13 @@ def left_alone(node: fx.Node, text: str) -> None:
     """Record that the running pass met `node`, did not rewrite it, and why."""
     if (record := _record.get()) is not None:
         record.left_alone.append(Event(node.name, module_of(node), source_of(node), text))
+
+
+def take_back(records: Iterable[PassRecord], why: str) -> None:
+    """Record that what fired was undone, and why."""
+    for record in records:
+        record.left_alone += [replace(event, text=why) for event in record.fired]
+        record.fired.clear()
 
 
 def run(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from graphopt import passes
 from graphopt.backend import split
@@ -76,7 +77,8 @@ class Capture:
 
     def lowmem(self, options: Options = Options()) -> tuple[tuple[SavedTensor, ...], tuple[PassRecord, ...]]:  # noqa: B008
         """The tensors that `backend="lowmem"` saves, and what every pass did."""
-        forward, records = run(copy(self.forward), self.example_inputs, passes.FORWARD, options.disable)
+        with unset_fake_temporarily():
+            forward, records = run(copy(self.forward), self.example_inputs, passes.FORWARD, options.disable)
         joint, arguments = copy(self.joint), self.partition_arguments
         if options.disable:  # the captured joint graph comes of the canonical forward graph
             joint, arguments = _joint_graph(forward, self.example_inputs, tracing_table())
@@ -86,7 +88,8 @@ class Capture:
 
     def rewritten(self, *rewrites: Pass) -> tuple[fx.GraphModule, list[PassRecord]]:
         """A copy of the joint graph after the passes `rewrites`, and what each of them did."""
-        return run(copy(self.joint), self.example_inputs, rewrites)
+        with _tracing(self.joint):
+            return run(copy(self.joint), self.example_inputs, rewrites)
 
     def saved_after(self, *rewrites: Pass) -> tuple[SavedTensor, ...]:
         """The tensors saved when `rewrites` have run on the joint graph and graphopt's cut has split it."""
@@ -105,7 +108,8 @@ def capture(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Capture:
     Raises CaptureError if the model breaks into several graphs (naming the line), or if nothing in it needs a gradient.
     """
     forward, example_inputs = _forward_graph(model, inputs, kwargs)
-    canonical, _ = run(copy(forward), example_inputs, passes.FORWARD)
+    with unset_fake_temporarily():  # Dynamo has a fake mode of its own, beside the one the caller may be under
+        canonical, _ = run(copy(forward), example_inputs, passes.FORWARD)
     joint, arguments = _joint_graph(canonical, example_inputs, tracing_table())
     return Capture(forward, joint, tuple(example_inputs), arguments)
 
@@ -168,15 +172,17 @@ def _joint_graph(
         fw_compiler=make_boxed_func, inference_compiler=no_gradient, partition_fn=partition, decompositions=table
     )
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), unset_fake_temporarily():
             compiler(gm, example_inputs)
     except _Stop as stop:
         return stop.found
     raise GraphoptError("AOTAutograd did not partition the graph")
 
 
-def _tracing(joint: fx.GraphModule) -> contextlib.AbstractContextManager[object]:
-    return tracing(TracingContext(fake_mode(joint.graph)))
+@contextlib.contextmanager
+def _tracing(joint: fx.GraphModule) -> Iterator[None]:
+    with unset_fake_temporarily(), tracing(TracingContext(fake_mode(joint.graph))):
+        yield
 
 
 def _saved(forward: fx.GraphModule, backward: fx.GraphModule, arguments: dict[str, Any]) -> tuple[SavedTensor, ...]:

@@ -66,7 +66,7 @@ def _redirect(node: fx.Node, new: fx.Node, readers: Sequence[fx.Node], backward:
 
 def _through_words(mask: torch.Tensor) -> torch.Tensor:
     # bits lie in the order of the mask's memory, so that what comes back has its strides: a view may follow
-    order = sorted(range(mask.dim()), key=lambda dim: -hint(mask.stride(dim)))
+    order = sorted(range(mask.dim()), key=lambda dim: -hint(mask.stride()[dim]))
     dense = mask.permute(order)
     back = [order.index(dim) for dim in range(mask.dim())]
     return own.unpack(own.pack(dense), dense.shape).permute(back)  # type: ignore[no-any-return]

@@ -133,10 +133,12 @@ def _cut(cell: str, width: int) -> str:
 
 def _passes(report: Report) -> str:
     names = block_names(report)
-    lines = [f"{'pass':<26}{'fired':>8}{'left alone':>12}{'nodes added':>13}{'removed':>9}{'seconds':>9}"]
+    head = f"{'pass':<16}{'fired':>7}{'left alone':>12}{'nodes added':>13}{'removed':>9}{'seconds':>9}"
+    lines = [f"{head}{'backward asks for':>26}"]
     for record in report.records:
-        counts = f"{len(record.fired):>8}{len(record.left_alone):>12}{record.nodes_added:>13}{record.nodes_removed:>9}"
-        lines.append(f"{record.name:<26}{counts}{record.seconds:>9.2f}")
+        counts = f"{len(record.fired):>7}{len(record.left_alone):>12}{record.nodes_added:>13}{record.nodes_removed:>9}"
+        asks = f"{size(record.bytes_before)} -> {size(record.bytes_after)}" if record.bytes_before else ""
+        lines.append(f"{record.name:<16}{counts}{record.seconds:>9.2f}{asks:>26}")
         for title, events in (("fired", record.fired), ("left alone", record.left_alone)):
             for said, modules in events_by_text(events, names).items():
                 lines.extend(_paragraph(f"{title} {modules.total()} x: {said}", 2))
