@@ -33,7 +33,8 @@ class Options:
         from graphopt.passes import NAMES
 
         _one_of("preset", self.preset, PRESETS)
-        if isinstance(self.disable, str) or not all(isinstance(name, str) for name in self.disable):
+        names = self.disable
+        if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
             raise OptionsError(f"option 'disable' is a list of pass names, not {self.disable!r}")
         for name in self.disable:
             _one_of("disable", name, NAMES)

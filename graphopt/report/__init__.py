@@ -98,7 +98,7 @@ def explain(
     `preset` and `disable` are those of `Options`. Under FakeTensorMode any size of model will do.
     Raises OptionsError, and CaptureError as `capture` does.
     """
-    options = Options(preset=preset, disable=tuple(disable))
+    options = Options(preset=preset, disable=disable)  # type: ignore[arg-type]
     captured = capture(model, *inputs, **kwargs)
     now, records = captured.lowmem(options)
     return Report(captured.saved, now, records, options)

@@ -77,6 +77,10 @@ def canonicalize(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> f
     if example_inputs and not any("val" in node.meta or "example_value" in node.meta for node in graph.nodes):
         mode = detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
         FakeTensorProp(gm, mode).propagate(*example_inputs)
+    transform = next((node for node in graph.nodes if _functorch(node)), None)
+    if transform is not None:
+        left_alone(transform, "the graph holds a torch.func transform, whose levels a new op would not know")
+        return gm
     erased: set[fx.Node] = set()
     missed: dict[fx.Node, tuple[Reason, Match]] = {}
     for root in reversed(list(graph.nodes)):
@@ -100,3 +104,8 @@ def canonicalize(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> f
     if erased:
         gm.recompile()
     return gm
+
+
+def _functorch(node: fx.Node) -> bool:
+    """Whether the node enters or leaves a level of vmap, grad or jvp, as Dynamo writes torch.func into a graph."""
+    return getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
