@@ -9,7 +9,7 @@ A checkpointed region keeps the user's own tags.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,15 +75,17 @@ def keep(graph: fx.Graph) -> None:
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
         if node.target in EQUALITY and node in backward:
-            for compared in map(_base, node.all_input_nodes):
+            for compared in _forward_values(node, backward):
                 compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
-def _base(node: fx.Node) -> fx.Node:
-    """The node that computed what a view shows; a view cannot be tagged."""
-    while node.args and isinstance(node.args[0], fx.Node) and getattr(node.target, "is_view", False):
-        node = node.args[0]
-    return node
+def _forward_values(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes of forward that a node of backward is made from; of a view, the node that computed what it shows."""
+    for each in node.all_input_nodes:
+        if each in backward or getattr(each.target, "is_view", False):
+            yield from _forward_values(each, backward)
+        else:
+            yield each
 
 
 def mark(gm: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int) -> None:

@@ -64,6 +64,23 @@ def test_sizes_that_are_no_multiple_of_a_word(shape):
     torch.testing.assert_close(gradients["input 0"], expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_mask_comes_back_with_its_strides():
+    class Einsum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.Parameter(torch.randn(3, 32, 4))
+
+        def forward(self, x):
+            return torch.einsum("btd,hdk->bhtk", x, self.heads).relu()
+
+    inputs = [torch.randn(4, 8, 32, requires_grad=True)]
+    _, gradients, _ = step(Einsum(), inputs)
+    model = Einsum()
+    _, gradients, _ = step(model, inputs)
+    _, expected, _ = step(model, inputs, backend=None)
+    assert distance(gradients, expected) < 1e-6  # float32, one matrix product
+
+
 def test_a_relu_whose_output_is_saved_anyway_saves_no_mask():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
     saved, records = graphopt.capture(model, torch.randn(64, 16)).lowmem()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from training import distance, step
 
 import graphopt
@@ -177,6 +178,79 @@ def test_norm_of_a_norm():
     _, gradients, _ = step(model, (x,))
     _, expected, _ = step(model, (x,), backend=None)
     assert distance(gradients, expected) < FLOAT32
+
+
+class After(nn.Module):
+    """A norm and a function of its output."""
+
+    def __init__(self, function, norm: nn.Module):
+        super().__init__()
+        self.norm, self.function, self.last = norm, function, linear(out=WIDTH)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter, 0.7, 0.5)
+
+    def forward(self, x):
+        y = self.norm(x * 2)
+        return self.function(y) * self.last(y).mean()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda y: y.amax(-1, True), lambda y: y.relu(), lambda y: y.clamp(-0.5, 0.5),
+     lambda y: torch.maximum(y, y.roll(1, 0)), lambda y: F.normalize(y, dim=-1),
+     lambda y: y.amax(-1, True) - y.amin(-1, True)],
+    ids=["amax", "relu", "clamp", "maximum", "normalize", "amax - amin"],
+)  # fmt: skip
+def test_what_compares_the_output_compares_what_forward_saw(function):
+    model, x = After(function, nn.LayerNorm(WIDTH)).bfloat16(), torch.randn(64, 32, WIDTH).bfloat16().requires_grad_()
+    _, exact, _ = step(model.double(), (x.double(),), backend=None)
+    _, stock, _ = step(model.bfloat16(), (x,), backend="aot_eager_decomp_partition")
+    _, gradients, _ = step(model, (x,))
+    assert distance(gradients, exact) < HALF * distance(stock, exact)
+
+
+@pytest.mark.parametrize("norm", ["layer norm", "rms norm"])
+def test_a_permuted_input_gives_a_contiguous_output(norm):
+    module, x = NORMS[norm](), torch.randn(2, WIDTH, 6, 5, requires_grad=True)
+    y = torch.compile(lambda x: module(x.permute(0, 2, 3, 1)), backend="lowmem_eager")(x)
+    assert y.is_contiguous()
+    y.view(2, -1).square().sum().backward()
+    found, x.grad = x.grad, None
+    module(x.permute(0, 2, 3, 1)).square().sum().backward()
+    torch.testing.assert_close(found, x.grad, rtol=1e-5, atol=1e-5)  # float32, two sums over the width
+
+
+def test_float16_gradients_stay_finite_where_those_of_stock_do():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(64), nn.Linear(64, 64)
+            nn.init.constant_(self.norm.weight, 1 / 32)
+
+        def forward(self, x):
+            return self.linear(self.norm(x * 2))
+
+    model, x = Small().half(), torch.randn(4096, 64).half()
+    x[:, 0] = 30  # one column of z is the same everywhere, so that its products add up
+    compiled = torch.compile(model, backend="lowmem_eager")
+    (compiled(x).float() * 40).sum().backward()
+    assert model.linear.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["layer norm", "rms norm", "llama norm"])
+def test_under_torch_func(norm):
+    module, x = NORMS[norm](), torch.randn(5, 4, WIDTH)
+
+    def gradient(x):
+        return torch.func.vmap(torch.func.grad(lambda x: module(x).sin().sum()))(x)
+
+    torch.testing.assert_close(torch.compile(gradient, backend="lowmem_eager")(x), gradient(x), rtol=1e-5, atol=1e-5)
+
+
+def test_z_is_what_is_saved():
+    block = Block(nn.LayerNorm(WIDTH), linear(), linear()).bfloat16()
+    saved, _ = graphopt.capture(block, torch.randn(*SHAPE, WIDTH).bfloat16()).lowmem()
+    assert [(each.module, each.dtype) for each in saved if each.shape[-1] == WIDTH] == [("norm", torch.bfloat16)]
 
 
 def test_narrow_linears_read_z_itself_and_wide_ones_a_new_output():
