@@ -18,7 +18,7 @@ from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import in_backward, storage, storage_bytes, tensor
+from graphopt.graph import after_tangents, in_backward, storage, storage_bytes, tensor
 
 EQUALITY = (torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor)
 # marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
@@ -68,13 +68,13 @@ def keep(graph: fx.Graph) -> None:
     Random numbers (rrelu), and what backward compares for equality (a maximum with what it was taken over): made anew
     in another kernel, a value may differ in its last bit.
     """
-    backward = in_backward(graph)
+    backward, after = in_backward(graph), after_tangents(graph)
     for node in graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
-        if node.target in EQUALITY and node in backward:
+        if node.target in EQUALITY and node in backward and node not in after:
             for compared in _forward_values(node, backward):
                 compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 

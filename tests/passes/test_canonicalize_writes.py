@@ -44,7 +44,6 @@ WRITES = {
     "custom op packet": lambda x: torch.ops.test_canonicalize.bump(x),
     "checkpoint": lambda x: checkpoint(lambda y: y.add_(1), x, use_reentrant=False),
     "renorm": lambda x: F.embedding(torch.tensor([0]), x[0].data, max_norm=0.1),
-    "vmap": lambda x: torch.vmap(lambda row: row.add_(1))(x),
 }
 
 
