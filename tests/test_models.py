@@ -8,8 +8,7 @@ from training import distance
 import graphopt
 from graphopt.tracer import Capture
 
-LINEARS = (torch.nn.Linear, "Conv1D")
-# norms whose output goes into a residual sum, a rotary embedding or a pooler that the loss does not read
+# norms whose output goes into a residual sum or a rotary embedding
 FEEDS_NO_LINEAR = {
     "gemma3": ("q_norm", "k_norm", "post_attention_layernorm", "post_feedforward_layernorm"),
 }
