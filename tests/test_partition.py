@@ -126,9 +126,12 @@ def test_dropout_masks_agree(backend, budget):
 
 
 @pytest.mark.slow
-def test_the_test_above_catches_masks_that_disagree():
-    with torch._functorch.config.patch(activation_memory_budget=0.5):
+@pytest.mark.parametrize("knob", [{"activation_memory_budget": 0.5}, {"aggressive_recomputation": True}], ids=str)
+def test_the_test_above_catches_masks_that_disagree(knob):
+    with torch._functorch.config.patch(knob):
         assert not masks_agree("inductor")
+        torch._dynamo.reset()
+        assert masks_agree("lowmem_eager")
 
 
 def test_a_checkpointed_region_saves_its_inputs_only():
