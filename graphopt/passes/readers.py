@@ -106,6 +106,8 @@ def _link(node: fx.Node, chain: set[fx.Node]) -> bool:
         return False
     if packet(node) in SUMS:  # a shifted input of a linear; not the residual stream, which norms and further sums read
         return not any(packet(user) in SUMS or not isinstance(tensor(user), torch.Tensor) for user in node.users)
+    if packet(node) is aten.div and node.args[0] not in chain:  # near zero a rounding of a divisor is no rounding
+        return False
     return packet(node) in VIEWS | CASTS | SMOOTH
 
 
