@@ -28,7 +28,7 @@ from graphopt import passes
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
-from graphopt.partition import STOCK, crossing_bytes, cut, mark
+from graphopt.partition import STOCK, crossing_bytes, cut, mark, prefer
 from graphopt.pipeline import PassRecord, run, take_back
 
 
@@ -91,6 +91,9 @@ def split(
     plain = decompose(copy(gm))
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
     halves = cut(copy(gm), joint_inputs, **kwargs)
+    preferred = prefer(gm)
+    if saved(again := cut(copy(preferred), joint_inputs, **kwargs)) <= saved(halves):
+        gm, halves = preferred, again
     stock = cut(copy(plain), joint_inputs, STOCK, **kwargs)
     if saved(halves) > saved(stock):
         take_back(records, "stock Inductor saves fewer bytes of this graph")

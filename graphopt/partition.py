@@ -18,10 +18,11 @@ from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import after_tangents, in_backward, storage, storage_bytes, tensor
+from graphopt.graph import after_tangents, copy, in_backward, storage, storage_bytes, tensor
 
 EQUALITY = (torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor)
 # marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
+PREFERRED = "graphopt_preferred"  # a rewrite's mark of what it would rather see saved
 SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
 
 # pinned whatever the user has set, by their names in torch._functorch.config
@@ -77,6 +78,15 @@ def keep(graph: fx.Graph) -> None:
         if node.target in EQUALITY and node in backward and node not in after:
             for compared in _forward_values(node, backward):
                 compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+
+def prefer(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph in which the cut must save what rewrites would rather see saved."""
+    gm = copy(gm)
+    for node in gm.graph.nodes:
+        if PREFERRED in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return gm
 
 
 def _forward_values(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.graph import after_tangents, in_checkpoint, outputs_of, splice
 from graphopt.lowering import formulas, ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.lowering.decompose import inductor_table, replace
+from graphopt.partition import PREFERRED
 from graphopt.passes.readers import CASTS, Readers, WeightGradient, packet
 from graphopt.pipeline import fired, left_alone
 
@@ -106,21 +106,21 @@ def _share(graph: fx.Graph, norm: Norm, readers: Readers) -> str:
         (norm.backward.args[0], z, rstd, norm.weight), like=norm.backward, decompositions=table,
     )  # fmt: skip
     if norm.x.op != "placeholder":
-        _save(z)
+        _prefer(z)
     text = _redirect(graph, norm, readers, z)
     replace(norm.backward, gradients)
     norm.y.replace_all_uses_with(y)
     return f"backward reads z ({str(z_dtype).removeprefix('torch.')}) instead of the norm's input{text}"
 
 
-def _save(z: fx.Node) -> None:
-    """Forbid the cut to make z anew from x, which it would for a tensor that takes as many bytes.
+def _prefer(z: fx.Node) -> None:
+    """Let the cut save z where it takes no more bytes than making it anew from x.
 
-    The tag goes to what z is rounded from: a node that forward does not need itself cannot carry it.
+    The mark goes to what z is rounded from: a node that forward does not need itself cannot carry it.
     """
     rounded = packet(z) in CASTS and z.args[0].meta["val"].dtype == formulas.compute_dtype(z.meta["val"].dtype)  # type: ignore[union-attr]
     source = z.args[0] if rounded else z
-    source.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # type: ignore[union-attr]
+    source.meta[PREFERRED] = True  # type: ignore[union-attr]
 
 
 def _redirect(graph: fx.Graph, norm: Norm, readers: Readers, z: fx.Node) -> str:
