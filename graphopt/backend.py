@@ -91,9 +91,10 @@ def split(
     plain = decompose(copy(gm))
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
     halves = cut(copy(gm), joint_inputs, **kwargs)
-    preferred = prefer(gm)
-    if saved(again := cut(copy(preferred), joint_inputs, **kwargs)) <= saved(halves):
-        gm, halves = preferred, again
+    if (preferred := prefer(gm)) is not None:
+        again = cut(copy(preferred), joint_inputs, **kwargs)
+        if saved(again) <= saved(halves):
+            gm, halves = preferred, again
     stock = cut(copy(plain), joint_inputs, STOCK, **kwargs)
     if saved(halves) > saved(stock):
         take_back(records, "stock Inductor saves fewer bytes of this graph")

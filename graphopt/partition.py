@@ -80,8 +80,10 @@ def keep(graph: fx.Graph) -> None:
                 compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
-def prefer(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph in which the cut must save what rewrites would rather see saved."""
+def prefer(gm: fx.GraphModule) -> fx.GraphModule | None:
+    """A copy of the graph in which the cut must save what rewrites would rather see saved; None without such a wish."""
+    if not any(PREFERRED in node.meta for node in gm.graph.nodes):
+        return None
     gm = copy(gm)
     for node in gm.graph.nodes:
         if PREFERRED in node.meta:
