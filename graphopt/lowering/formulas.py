@@ -66,20 +66,25 @@ def norm_backward(
     return (dx * rstd).to(dtype), dweight.to(parameter), dbias.to(parameter)
 
 
-def pack(mask: Tensor) -> Tensor:
-    """bool of any shape -> int32[ceil(numel / 32)]: element i is bit i % 32 of word i // 32.
+def pack(values: Tensor, bits: int) -> Tensor:
+    """bool or int32 of any shape, each below 2^bits -> int32[ceil(numel / n)], n = 32 / bits values to a word.
 
-    A sum of shifted bits, not slices or-ed together: Inductor fuses a small reduction into the mask's producer.
+    Value i lies at bit bits * (i % n) of word i // n, in row-major order. A sum of shifted values, not slices or-ed
+    together: Inductor fuses a small reduction into the values' producer.
     """
-    bits = mask.reshape(-1)
-    bits = torch.nn.functional.pad(bits.to(torch.int32), (0, -bits.shape[0] % WORD)).view(-1, WORD)
-    return (bits << torch.arange(WORD, dtype=torch.int32, device=mask.device)).sum(-1, dtype=torch.int32)
+    flat, shifts = values.reshape(-1).to(torch.int32), _shifts(bits, values.device)
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[0] % shifts.shape[0])).view(-1, shifts.shape[0])
+    return (padded << shifts).sum(-1, dtype=torch.int32)
 
 
-def unpack(words: Tensor, shape: list[int]) -> Tensor:
-    """The inverse of `pack`: int32[ceil(numel / 32)] -> bool of `shape`."""
-    bits = (words.unsqueeze(-1) >> torch.arange(WORD, dtype=torch.int32, device=words.device)) & 1
+def unpack(words: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack`: int32[ceil(numel / n)] -> values of `shape` in `dtype`."""
+    values = (words.unsqueeze(-1) >> _shifts(bits, words.device)) & (2**bits - 1)
     numel = 1
     for size in shape:
         numel = numel * size
-    return bits.view(-1)[:numel].view(shape).to(torch.bool)
+    return values.view(-1)[:numel].view(shape).to(dtype)
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, WORD, bits, dtype=torch.int32, device=device)

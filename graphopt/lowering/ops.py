@@ -5,7 +5,7 @@ Inductor sees a graph; under `lowmem_eager` the reference runs as it stands.
 
     rms_norm            y = x * rstd * weight, rstd = rsqrt(mean(x^2) + eps); y in x's dtype, rstd in float32
     rms_norm_backward   dx, dweight; an output that `mask` leaves out is empty
-    pack, unpack        bool <-> one bit an element, in int32 words
+    pack, unpack        small integers <-> a few bits an element, in int32 words
 """
 
 from __future__ import annotations
@@ -62,6 +62,6 @@ _define(
     " -> (Tensor, Tensor)",
     rms_norm_backward,
 )
-_define("pack(Tensor mask) -> Tensor", formulas.pack)
-_define("unpack(Tensor words, SymInt[] shape) -> Tensor", formulas.unpack)
+_define("pack(Tensor values, int bits) -> Tensor", formulas.pack)
+_define("unpack(Tensor words, SymInt[] shape, int bits, ScalarType dtype) -> Tensor", formulas.unpack)
 torch.library.register_autograd("graphopt::rms_norm", _differentiate, setup_context=_save_inputs, lib=_library)

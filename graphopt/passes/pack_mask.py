@@ -69,4 +69,4 @@ def _through_words(mask: torch.Tensor) -> torch.Tensor:
     order = sorted(range(mask.dim()), key=lambda dim: -hint(mask.stride()[dim]))
     dense = mask.permute(order)
     back = [order.index(dim) for dim in range(mask.dim())]
-    return own.unpack(own.pack(dense), dense.shape).permute(back)  # type: ignore[no-any-return]
+    return own.unpack(own.pack(dense, 1), dense.shape, 1, torch.bool).permute(back)  # type: ignore[no-any-return]

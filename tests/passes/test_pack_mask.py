@@ -14,12 +14,12 @@ from graphopt.passes import lower, pack_mask
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 9), min_size=0, max_size=4), st.integers(0, 2**31))
-def test_unpack_inverts_pack(shape, seed):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.5
-    words = formulas.pack(mask)
-    assert words.dtype == torch.int32 and words.shape == (-(-mask.numel() // 32),)
-    assert torch.equal(formulas.unpack(words, list(shape)), mask)
+@given(st.lists(st.integers(1, 9), min_size=0, max_size=4), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**31))
+def test_unpack_inverts_pack(shape, bits, seed):
+    values = torch.randint(2**bits, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    words = formulas.pack(values, bits)
+    assert words.dtype == torch.int32 and words.shape == (-(-values.numel() * bits // 32),)
+    assert torch.equal(formulas.unpack(words, list(shape), bits, torch.int32), values)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "channels last"])
@@ -31,7 +31,7 @@ def test_any_layout_packs(layout):
         "expanded": mask[:, :1].expand(2, 6, 5, 7),
         "channels last": mask.to(memory_format=torch.channels_last),
     }[layout]
-    assert torch.equal(formulas.unpack(formulas.pack(mask), list(mask.shape)), mask)
+    assert torch.equal(formulas.unpack(formulas.pack(mask, 1), list(mask.shape), 1, torch.bool), mask)
 
 
 class Dropout(nn.Module):
