@@ -1,7 +1,9 @@
 """The backends torch.compile finds by name.
 
 forward graph                  canonicalize
-─ AOTAutograd ─▶ joint graph   share_norm, decompose, cut, pack_mask, cut again if it fired
+─ AOTAutograd ─▶ joint graph   share_norm, cut
+                               approx_activation if asked for, cut again if it fired
+                               pack_mask, cut again if it fired
 ─▶ forward, backward graphs    lower
 ─▶ Inductor, unmodified (`lowmem`), or run as they stand, node by node (`lowmem_eager`)
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,9 @@ from graphopt import passes
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
-from graphopt.partition import STOCK, crossing_bytes, cut, mark, prefer
-from graphopt.pipeline import PassRecord, run, take_back
+from graphopt.partition import HEURISTICS, STOCK, Halves, crossing_bytes, cut, mark, mark_freed, prefer
+from graphopt.passes.approx_activation import ACTIVATIONS
+from graphopt.pipeline import PassRecord, bind, run, take_back
 
 
 def lowmem(
@@ -80,34 +84,58 @@ def lowmem_eager(
     return compiler(gm, example_inputs)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One way to split a joint graph: the graph with its canonical operators whole, spelt out, and cut."""
+
+    whole: fx.GraphModule
+    joint: fx.GraphModule
+    halves: Halves
+    bytes: int
+
+
 def split(
     gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[PassRecord]]:
     """Rewrite a joint graph, cut it, rewrite what the cut saves, cut again. A step that does not pay is taken back."""
+    rules, outputs = HEURISTICS[str(options.recompute)], kwargs["num_fwd_outputs"]
 
-    def saved(halves: tuple[fx.GraphModule, fx.GraphModule]) -> int:
-        return crossing_bytes(halves[0], kwargs["num_fwd_outputs"])
+    def attempt(whole: fx.GraphModule, rules: Mapping[str, object]) -> Attempt:
+        joint, _ = run(copy(whole), joint_inputs, (decompose,))
+        halves = cut(copy(joint), joint_inputs, rules, **kwargs)
+        return Attempt(whole, joint, halves, crossing_bytes(halves[0], outputs))
 
-    plain = decompose(copy(gm))
+    plain = copy(gm)
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
-    halves = cut(copy(gm), joint_inputs, **kwargs)
-    if (preferred := prefer(gm)) is not None:
-        again = cut(copy(preferred), joint_inputs, **kwargs)
-        if saved(again) <= saved(halves):
-            gm, halves = preferred, again
-    stock = cut(copy(plain), joint_inputs, STOCK, **kwargs)
-    if saved(halves) > saved(stock):
+    best = attempt(gm, rules)
+    if (preferred := prefer(gm)) is not None and (other := attempt(preferred, rules)).bytes <= best.bytes:
+        best = other
+    if best.bytes > (stock := attempt(plain, STOCK)).bytes:
         take_back(records, "stock Inductor saves fewer bytes of this graph")
-        gm, halves = plain, min(cut(copy(plain), joint_inputs, **kwargs), stock, key=saved)
-    mark(gm, *halves, kwargs["num_fwd_outputs"])
-    gm, more = run(gm, joint_inputs, passes.SAVED, options.disable)
+        best = attempt(plain, rules)
+        if stock.bytes < best.bytes:
+            best, rules = stock, STOCK
+
+    if options.approx_activation:
+        mark_freed(best.whole, ACTIVATIONS, best.halves, outputs)
+        codes = [bind(each, scheme=options.approx_activation) for each in passes.CODES]
+        gm, more = run(copy(best.whole), joint_inputs, codes, options.disable)
+        records += more
+        if any(record.fired for record in more):
+            if (coded := attempt(gm, rules)).bytes < best.bytes:
+                best = coded
+            else:
+                take_back(more, "it saves no bytes: the cut keeps others in their place")
+
+    mark(best.joint, best.halves, outputs)
+    gm, more = run(best.joint, joint_inputs, passes.SAVED, options.disable)
+    records += more
     if any(record.fired for record in more):
-        again = cut(gm, joint_inputs, **kwargs)
-        if saved(again) < saved(halves):
-            halves = again
-        else:
-            take_back(more, "it saves no bytes: something else needs the tensor as it is")
-    return *halves, records + more
+        packed = cut(gm, joint_inputs, rules, **kwargs)
+        if crossing_bytes(packed[0], outputs) < best.bytes:
+            return *packed, records
+        take_back(more, "it saves no bytes: something else needs the tensor as it is")
+    return *best.halves, records
 
 
 class Partitioner(CustomPartitionerFn):
@@ -123,7 +151,7 @@ class Partitioner(CustomPartitionerFn):
         return run(forward, (), passes.HALVES)[0], run(backward, (), passes.HALVES)[0]
 
     def uuid(self) -> str:
-        return f"{_sources()}-{self.options}"
+        return f"{_sources()}-{self.options!r}"
 
 
 def _inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:

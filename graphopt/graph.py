@@ -24,10 +24,12 @@ _ROOT = re.compile(r"^L\['\w+'\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+).*\n(.*)')
 _TORCH = str(Path(torch.__file__).parent)
 
+ORIGIN = "graphopt_origin"  # in node.meta: the name of the canonical operator that a node helps to spell out
+
 # what a spliced node takes over from the node it stands in for
 _INHERITED = (
     "partitioner_tag", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack",
-    "fwd_source_fn_stack", "original_aten", "seq_nr", "recompute", "ac_graph_id", "custom",
+    "fwd_source_fn_stack", "original_aten", "seq_nr", "recompute", "ac_graph_id", "custom", ORIGIN,
 )  # fmt: skip
 
 
@@ -62,6 +64,11 @@ def hint(size: int | torch.SymInt) -> int:
 
 def nbytes(value: torch.Tensor) -> int:
     return math.prod(hint(size) for size in value.shape) * value.dtype.itemsize
+
+
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The dims as they lie in memory, outermost first: `value.permute(memory_order(value))` is row-major if dense."""
+    return sorted(range(value.dim()), key=lambda dim: -hint(value.stride()[dim]))
 
 
 def storage(value: torch.Tensor) -> int:

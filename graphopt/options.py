@@ -10,35 +10,62 @@ from dataclasses import dataclass, fields
 from typing import Any, get_origin
 
 from graphopt.errors import OptionsError
+from graphopt.lowering.codes import SCHEMES
 
 ENVIRONMENT = "GRAPHOPT_OPTIONS"
-PRESETS = ("exact",)
+# what a preset sets where the option itself is not given
+PRESETS: dict[str, dict[str, str | None]] = {
+    "exact": {"approx_activation": None, "recompute": "pointwise"},
+    "paper": {"approx_activation": "relu3", "recompute": "stock"},
+}
+RECOMPUTE = ("pointwise", "stock")
 
 
 @dataclass(frozen=True)
 class Options:
     """What can be set in `torch.compile(options=...)`, or as JSON in GRAPHOPT_OPTIONS where no options are given.
 
-    preset   "exact": gradients equal stock Inductor's up to rounding. Beside its order, one rounding is new: a norm's
-             gradient reads z in the dtype in which the next linears read it.
-    disable  names of passes to leave out, such as ("share_norm",).
+    preset             "exact": gradients equal stock Inductor's up to rounding. Beside its order, one rounding is
+                       new: a norm's gradient reads z in the dtype in which the next linears read it.
+                       "paper": LowMemoryBP as published (arXiv 2406.16282): shared norms, relu3 codes of activations.
+    approx_activation  the code by which backward knows an activation's slope where that saves bytes: "relu3",
+                       "unbiased" or "lloyd" (see graphopt.lowering.codes). Those gradients are approximate.
+                       None: as the preset has it.
+    recompute          what backward makes anew: "pointwise", all that is cheap, or "stock", what Inductor does by
+                       itself. None: as the preset has it.
+    disable            names of passes to leave out, such as ("share_norm",).
 
     Raises OptionsError for a value that is not allowed, naming those that are.
     """
 
     preset: str = "exact"
+    approx_activation: str | None = None
+    recompute: str | None = None
     disable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         from graphopt.passes import NAMES
 
-        _one_of("preset", self.preset, PRESETS)
+        _one_of("preset", self.preset, tuple(PRESETS))
+        for option, allowed in (("approx_activation", SCHEMES), ("recompute", RECOMPUTE)):
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, PRESETS[self.preset][option])
+            else:
+                _one_of(option, getattr(self, option), allowed)
         names = self.disable
         if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
             raise OptionsError(f"option 'disable' is a list of pass names, not {self.disable!r}")
         for name in self.disable:
             _one_of("disable", name, NAMES)
         object.__setattr__(self, "disable", tuple(sorted(set(self.disable))))
+
+    def __str__(self) -> str:
+        """The preset, and what differs from it."""
+        other = [
+            f"{key} {getattr(self, key)}" for key, value in PRESETS[self.preset].items() if getattr(self, key) != value
+        ]
+        without = [f"without {', '.join(self.disable)}"] if self.disable else []
+        return ", ".join([f"preset {self.preset}", *other, *without])
 
 
 OWN = tuple(field.name for field in fields(Options))
@@ -85,9 +112,8 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _unknown(key: str, known: list[str]) -> str:
-    own = difflib.get_close_matches(key, OWN, n=1, cutoff=0.5)
     return (
-        f"unknown option: {_nearest(key, OWN if own else known)}\n"
+        f"unknown option: {_nearest(key, [*OWN, *known])}\n"
         f"graphopt's own: {', '.join(OWN)}; every key of torch._inductor.config is passed on to Inductor"
     )
 

@@ -9,7 +9,7 @@ A checkpointed region keeps the user's own tags.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import after_tangents, copy, in_backward, storage, storage_bytes, tensor
+from graphopt.graph import ORIGIN, after_tangents, copy, in_backward, storage, storage_bytes, tensor
 
 EQUALITY = (torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor)
 # marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
 PREFERRED = "graphopt_preferred"  # a rewrite's mark of what it would rather see saved
 SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
+FREES = "graphopt_frees"  # bytes that a cut would save less if a backward operator read nothing but its gradient
 
 # pinned whatever the user has set, by their names in torch._functorch.config
 STOCK = {
@@ -37,6 +38,10 @@ FEWEST_BYTES = STOCK | {
     "ban_recompute_not_in_allowlist": True,
     "ban_recompute_reductions": True,
 }
+# by the option "recompute"
+HEURISTICS = {"pointwise": FEWEST_BYTES, "stock": STOCK}
+
+Halves = tuple[fx.GraphModule, fx.GraphModule]  # forward, backward
 
 
 def cut(
@@ -47,7 +52,7 @@ def cut(
     num_fwd_outputs: int,
     static_lifetime_input_indices: list[int] | None = None,
     **kwargs: Any,
-) -> tuple[fx.GraphModule, fx.GraphModule]:
+) -> Halves:
     """Split a joint graph into forward and backward, under torch's heuristics as pinned by `heuristics`.
 
     The other arguments are those of a torch partitioner.
@@ -100,8 +105,9 @@ def _forward_values(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
             yield each
 
 
-def mark(gm: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int) -> None:
+def mark(gm: fx.GraphModule, halves: Halves, num_fwd_outputs: int) -> None:
     """Mark in the joint graph what a cut of it saves and what it runs in backward, for passes on saved tensors."""
+    forward, backward = halves
     saved = {node.name for node in crossing(forward, num_fwd_outputs)}
     run_in_backward = {node.name for node in backward.graph.nodes if node.op == "call_function"}
     for node in gm.graph.nodes:
@@ -109,6 +115,39 @@ def mark(gm: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, 
             node.meta[SAVED] = True
         if node.name in run_in_backward:
             node.meta[IN_BACKWARD] = True
+
+
+def mark_freed(gm: fx.GraphModule, targets: Container[object], halves: Halves, num_fwd_outputs: int) -> None:
+    """Mark operators of backward, in the joint graph before it was decomposed, with what their reading costs in a cut.
+
+    That is what need not be saved if they read their gradient alone; operators that read the same are marked with what
+    they cost together.
+    """
+    forward, backward = halves
+    outputs: Sequence[Any] = forward.graph.output_node().args[0]  # type: ignore[assignment]
+    saved = {node.name: node.meta["val"] for node in outputs[num_fwd_outputs:] if tensor(node) is not None}
+    crossed = [node.meta["val"] for node in crossing(forward, num_fwd_outputs)]
+    groups: dict[frozenset[fx.Node], set[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.target in targets:
+            groups.setdefault(frozenset(node.all_input_nodes[1:]), set()).add(node)  # the first is the gradient
+    for nodes in groups.values():
+        live = _inputs_read(backward.graph, {node.name for node in nodes})
+        kept = {storage(value) for name, value in saved.items() if name in live}
+        for node in nodes:
+            node.meta[FREES] = storage_bytes(value for value in crossed if storage(value) not in kept)
+
+
+def _inputs_read(backward: fx.Graph, origins: Container[str]) -> set[str]:
+    """The names of what a backward graph reads, if all that spells out `origins` reads what tangents reach alone."""
+    after, found, queue = after_tangents(backward), set[fx.Node](), [backward.output_node()]
+    while queue:
+        node = queue.pop()
+        for each in node.all_input_nodes:
+            if each not in found and (each in after or node.meta.get(ORIGIN) not in origins):
+                found.add(each)
+                queue.append(each)
+    return {node.name for node in found if node.op == "placeholder"}
 
 
 def crossing_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial, update_wrapper
+from typing import Any
 
 from torch import fx
 
@@ -45,6 +47,11 @@ class PassRecord:
 
 
 _record: ContextVar[PassRecord | None] = ContextVar("graphopt_record", default=None)
+
+
+def bind(each: Callable[..., fx.GraphModule], **keywords: Any) -> Pass:
+    """A pass with its keywords set, under its own name."""
+    return update_wrapper(partial(each, **keywords), each)
 
 
 def fired(node: fx.Node, text: str) -> None:

@@ -107,7 +107,7 @@ def capture(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Capture:
 
     Raises CaptureError if the model breaks into several graphs (naming the line), or if nothing in it needs a gradient.
     """
-    forward, example_inputs = _forward_graph(model, inputs, kwargs)
+    forward, example_inputs = forward_graph(model, inputs, kwargs)
     with unset_fake_temporarily():  # Dynamo has a fake mode of its own, beside the one the caller may be under
         canonical, _ = run(copy(forward), example_inputs, passes.FORWARD)
     joint, arguments = _joint_graph(canonical, example_inputs, tracing_table())
@@ -115,7 +115,7 @@ def capture(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Capture:
 
 
 def apply(
-    gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass] = passes.JOINT
+    gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass] = (*passes.JOINT, decompose)
 ) -> fx.GraphModule:
     """Run passes on a joint graph of forward and backward, in place, for use inside another compiler.
 
@@ -139,9 +139,11 @@ class _Stop(ShortenTraceback):
         self.found = found
 
 
-def _forward_graph(
+def forward_graph(
     model: Callable[..., Any], inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[fx.GraphModule, list[Any]]:
+    """The one graph Dynamo makes of a call, and the graph's inputs: the model's own parameters are among them."""
+
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         raise _Stop(gm, example_inputs)
 

@@ -12,6 +12,7 @@ The rows are in `code_tables.py`; `scripts/fit_codes.py` finds them.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def draw(derivative: Tensor, levels: tuple[float, float, float, float], noise: T
     `noise` is uniform in [0, 1). A derivative outside the levels takes the nearest; NaN takes code 0.
     """
     place = torch.zeros_like(derivative)
-    for low, high in zip(levels, levels[1:]):
+    for low, high in pairwise(levels):
         place = place + ((derivative - low) * (1 / (high - low))).clamp(0, 1)
     place = torch.where(derivative.isnan(), 0.0, place)
     return (place + noise).to(torch.int32).clamp(max=3)  # 3 + noise may round to 4

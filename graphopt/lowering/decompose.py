@@ -9,15 +9,17 @@ import torch
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 
-from graphopt.graph import outputs_of, splice
+from graphopt.graph import ORIGIN, outputs_of, splice
 from graphopt.lowering import formulas, ops
 
 aten, own = torch.ops.aten, torch.ops.graphopt
 
 # kept out of the table that AOTAutograd traces with, so that a pass can name them
 CANONICAL = (
-    aten.gelu.default, aten.gelu_backward.default, aten.silu.default, aten.silu_backward.default,
     aten.native_layer_norm.default, aten.native_layer_norm_backward.default,
+    aten.gelu.default, aten.gelu_backward.default, aten.silu.default, aten.silu_backward.default,
+    aten.mish_backward.default, aten.hardswish_backward.default, aten.softplus_backward.default,
+    aten.elu_backward.default, aten.tanh_backward.default, aten.sigmoid_backward.default,
 )  # fmt: skip
 
 OWN: dict[Any, Callable[..., Any]] = {
@@ -45,6 +47,7 @@ def decompose(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.G
     for each in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
         for node in list(each.graph.nodes):
             if node.op == "call_function" and node.target in table:
+                node.meta[ORIGIN] = node.name
                 inline(each.graph, node, table[node.target])
         each.recompile()
     return gm

@@ -79,7 +79,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `pack`: int32[ceil(numel / n)] -> values of `shape` in `dtype`."""
-    values = (words.unsqueeze(-1) >> _shifts(bits, words.device)) & (2**bits - 1)
+    values = (words.unsqueeze(-1) >> _shifts(bits, words.device)) & ((1 << bits) - 1)
     numel = 1
     for size in shape:
         numel = numel * size

@@ -91,14 +91,20 @@ class Report:
 
 
 def explain(
-    model: Callable[..., Any], *inputs: Any, preset: str = "exact", disable: Iterable[str] = (), **kwargs: Any
+    model: Callable[..., Any],
+    *inputs: Any,
+    preset: str = "exact",
+    approx_activation: str | None = None,
+    recompute: str | None = None,
+    disable: Iterable[str] = (),
+    **kwargs: Any,
 ) -> Report:
     """Trace one training step of `model(*inputs, **kwargs)`, without running it, and report what it saves.
 
-    `preset` and `disable` are those of `Options`. Under FakeTensorMode any size of model will do.
-    Raises OptionsError, and CaptureError as `capture` does.
+    `preset`, `approx_activation`, `recompute` and `disable` are those of `Options`. Under FakeTensorMode any size of
+    model will do. Raises OptionsError, and CaptureError as `capture` does.
     """
-    options = Options(preset=preset, disable=disable)  # type: ignore[arg-type]
+    options = Options(preset, approx_activation, recompute, tuple(disable))
     captured = capture(model, *inputs, **kwargs)
     now, records = captured.lowmem(options)
     return Report(captured.saved, now, records, options)

@@ -55,9 +55,6 @@ def fragment(report: Report) -> str:
 
 
 def _totals(report: Report) -> str:
-    options = f"preset {report.options.preset}"
-    if report.options.disable:
-        options += f", without {', '.join(report.options.disable)}"
     largest = max(report.bytes_before, report.bytes_now)
     sides = (
         ("stock Inductor", report.bytes_before, len(report.before), ""),
@@ -69,7 +66,7 @@ def _totals(report: Report) -> str:
     )
     state = ", ".join(f"{name} {count:,} ({size(total)})" for name, (count, total) in changes(report).items())
     bars = _bars((report.bytes_before, report.bytes_now), largest)
-    note = f'<p class="soft">{escape(options)}; tensors {state}; {unit_note(report)}</p>'
+    note = f'<p class="soft">{escape(str(report.options))}; tensors {state}; {unit_note(report)}</p>'
     return f"<h2>Tensors saved for backward</h2>{lines}{bars}{note}"
 
 

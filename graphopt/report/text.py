@@ -74,12 +74,9 @@ def where(modules: Counter[str], limit: int | None = None) -> str:
 
 
 def _totals(report: Report) -> str:
-    options = f"preset {report.options.preset}"
-    if report.options.disable:
-        options += f", without {', '.join(report.options.disable)}"
     state = ", ".join(f"{name} {count} ({size(total)})" for name, (count, total) in changes(report).items())
     return "\n".join((
-        f"graphopt: tensors saved for backward, {options}",
+        f"graphopt: tensors saved for backward, {report.options}",
         f"  stock Inductor {size(report.bytes_before):>11} in {len(report.before):,}",
         f"  lowmem         {size(report.bytes_now):>11} in {len(report.now):,}, {percent(report)}",
         f"  tensors {state}; {unit_note(report)}",
@@ -133,12 +130,12 @@ def _cut(cell: str, width: int) -> str:
 
 def _passes(report: Report) -> str:
     names = block_names(report)
-    head = f"{'pass':<16}{'fired':>7}{'left alone':>12}{'nodes added':>13}{'removed':>9}{'seconds':>9}"
+    head = f"{'pass':<18}{'fired':>7}{'left alone':>12}{'nodes added':>13}{'removed':>9}{'seconds':>9}"
     lines = [f"{head}{'backward asks for':>26}"]
     for record in report.records:
         counts = f"{len(record.fired):>7}{len(record.left_alone):>12}{record.nodes_added:>13}{record.nodes_removed:>9}"
         asks = f"{size(record.bytes_before)} -> {size(record.bytes_after)}" if record.bytes_before else ""
-        lines.append(f"{record.name:<16}{counts}{record.seconds:>9.2f}{asks:>26}")
+        lines.append(f"{record.name:<18}{counts}{record.seconds:>9.2f}{asks:>26}")
         for title, events in (("fired", record.fired), ("left alone", record.left_alone)):
             for said, modules in events_by_text(events, names).items():
                 lines.extend(_paragraph(f"{title} {modules.total()} x: {said}", 2))
