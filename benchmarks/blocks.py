@@ -3,10 +3,10 @@
     python benchmarks/blocks.py                                                   # every block, every method
     python benchmarks/blocks.py --blocks vit-full llama-full --methods inductor lowmem:exact --out /tmp/blocks.json
 
-A method is eager, inductor, one of KNOBS (torch's own settings), checkpoint, lowmem or lowmem:PRESET. Sizes are in
-units: tokens x width x 2 bytes, one bf16 hidden state. Saved bytes and peak are deterministic; time is a ratio to stock
-Inductor, the median of pairs of steps run in turn; the gradient error is |g - g0| / |g0|, g0 from float32 eager on the
-same batch.
+A method is eager, inductor, one of KNOBS (torch's own settings), checkpoint, lowmem, lowmem:PRESET or
+lowmem:PRESET:CODE, the code being one of approx_activation. Sizes are in units: tokens x width x 2 bytes, one bf16
+hidden state. Saved bytes and peak are deterministic; time is a ratio to stock Inductor, the median of pairs of steps
+run in turn; the gradient error is |g - g0| / |g0|, g0 from float32 eager on the same batch.
 """
 
 import argparse
@@ -39,7 +39,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "aggressive": {"aggressive_recomputation": True},
     "budget-0.5": {"activation_memory_budget": 0.5},
 }
-METHODS = (STOCK, *KNOBS, "checkpoint", *(f"lowmem:{preset}" for preset in PRESETS))
+METHODS = (STOCK, *KNOBS, "checkpoint", *(f"lowmem:{preset}" for preset in PRESETS), "lowmem:exact:unbiased")
 BATCH, TOKENS = 4, 256
 UNIT = BATCH * TOKENS * WIDTH * 2
 SEED = 7
@@ -178,9 +178,10 @@ def _compiled(method: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     if method in KNOBS:
         return torch.compile(function, backend=_patched(KNOBS[method]), fullgraph=True)
-    backend, _, preset = (STOCK if method == "checkpoint" else method).partition(":")
+    backend, *settings = (STOCK if method == "checkpoint" else method).split(":")
+    options = dict(zip(("preset", "approx_activation"), settings, strict=False))
     # fullgraph, so that nothing runs in eager unnoticed
-    return torch.compile(function, backend=backend, options={"preset": preset} if preset else None, fullgraph=True)
+    return torch.compile(function, backend=backend, options=options or None, fullgraph=True)
 
 
 def _patched(knob: dict[str, Any]) -> Callable[..., Any]:

@@ -10,8 +10,9 @@ WIDTH, HEADS, LLAMA_HIDDEN, RANK = 512, 8, 1408, 8
 
 
 class ViTBlock(nn.Module):
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, activation: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
+        self.activation = activation
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.fc1, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
@@ -21,7 +22,7 @@ class ViTBlock(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         attention = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.dropout(self.proj(attention))
-        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return x + self.dropout(self.fc2(self.activation(self.fc1(self.norm2(x)))))
 
 
 class LlamaBlock(nn.Module):
