@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help demo test check notebooks bench readme
+.PHONY: help demo test check notebooks bench cubins kernels readme
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +29,13 @@ notebooks: .venv/.installed-dev ## execute every notebook; the results go to bui
 bench: .venv/.installed-dev ## measure six transformer blocks into benchmarks/results
 	$(PY) benchmarks/blocks.py $(ARGS)
 
-readme: .venv/.installed-dev ## write the figures of benchmarks/results into the README
+cubins: .venv/.installed-dev ## build every Triton kernel without a GPU: registers, spills
+	$(PY) benchmarks/cubins.py $(ARGS)
+
+kernels: .venv/.installed-dev ## on a GPU: errors and GB/s of every Triton kernel
+	$(PY) benchmarks/kernels.py $(ARGS)
+
+readme: .venv/.installed-dev ## write the figures of benchmarks/results into the README and docs
 	$(PY) benchmarks/table.py
 
 .venv/bin/pip:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 SCHEMES = ("relu3", "unbiased", "lloyd")
 BITS = 2
+LIMIT = 1e4  # past it every f' has reached its limit; at infinity the formulas give inf * 0
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
 class Code(NamedTuple):

@@ -22,18 +22,18 @@ import torch._inductor.config as inductor_config
 from torch import Tensor, fx
 from torch._inductor.fx_passes.replace_random import fuse_seed_creation_pass
 from torch._inductor.virtualized import V
+from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.graph import fake_mode, hint, in_backward, in_checkpoint, memory_order, splice
 from graphopt.lowering import ops  # noqa: F401  (registers the operators named below)
 from graphopt.lowering.code_tables import CODES
-from graphopt.lowering.codes import BITS, Code, count, draw, slope
+from graphopt.lowering.codes import BITS, LIMIT, SELU_ALPHA, SELU_SCALE, Code, count, draw, slope
 from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.formulas import WORD, compute_dtype
 from graphopt.partition import FREES
 from graphopt.pipeline import fired, left_alone
 
 aten, own, prims = torch.ops.aten, torch.ops.graphopt, torch.ops.prims
-SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Slope:
 
     def derivative(self, read: Tensor) -> Tensor:
         """f' in the compute dtype, by the operator's own backward."""
-        # clamped to where every f' has reached its limit: at infinity the formulas give inf * 0
-        read = read.to(compute_dtype(read.dtype)).clamp(-1e4, 1e4)
+        read = read.to(compute_dtype(read.dtype)).clamp(-LIMIT, LIMIT)
         given = {self.node.args[0]: torch.ones_like(read), self.read: read}
         args = fx.map_arg(self.node.args, lambda node: given[node])
         return self.node.target(*args, **self.node.kwargs)  # type: ignore[no-any-return, operator]
@@ -119,7 +118,7 @@ def approx_activation(
         if any(in_checkpoint(each) for each in (found.read, *found.read.users)):
             left_alone(node, "its region is checkpointed and recomputed as a whole")
         elif frees == 0:
-            left_alone(node, "what it reads is kept for other gradients too: a code would come on top")
+            left_alone(node, "what it reads is kept anyway: a code would come on top")
         elif frees <= code:
             left_alone(node, f"a code of {code} bytes would free {frees}")
         else:
@@ -151,6 +150,7 @@ def _encode(graph: fx.Graph, found: Slope, scheme: str, backward: set[fx.Node]) 
         graph, first if found.read.op == "placeholder" else found.read.next, encode, (found.read,),
         like=(*forward, found.read)[0], decompositions=table,
     )  # fmt: skip
+    words.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # drawn once, whatever may be recomputed
     grad = splice(graph, found.node, decode, (found.node.args[0], words), like=found.node, decompositions=table)
     found.node.replace_all_uses_with(grad)
     graph.erase_node(found.node)

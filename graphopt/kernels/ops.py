@@ -1,0 +1,202 @@
+"""The operators that have a kernel of their own: schema, checks, derivative, and which implementation runs where.
+
+    activation_forward    y = f(x), code of f'(x) by a scheme of `graphopt.lowering.codes`
+    activation_backward   dx = grad * levels[code]; the code is that of grad in row-major order
+    norm_forward          y, z, rstd of LayerNorm (centred) or RMSNorm
+    norm_backward         dx, dweight, dbias from z; one of the latter two that `mask` leaves out is empty
+
+On CUDA the kernel runs where it supports its arguments, everywhere else the reference. In eager mode autograd keeps
+the code alone of an activation; of a norm z, rstd and weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import OptionsError
+from graphopt.graph import memory_order
+from graphopt.kernels import activation, norm
+from graphopt.lowering.codes import SCHEMES
+
+_require: Callable[[Any, Callable[[], str]], None] = torch._check
+_library = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _define(
+    schema: str,
+    check: Callable[..., None],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernel: Callable[..., Any],
+    supports: Callable[..., bool],
+) -> None:
+    # all take the arguments of the schema, in its order
+    def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+        def checking(*args: Any) -> Any:
+            check(*args)
+            return run(*args)
+
+        return checking
+
+    def on_cuda(*args: Any) -> Any:
+        return kernel(*args) if supports(*args) else reference(*args)
+
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _library.impl(name, checked(reference), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.impl(name, checked(on_cuda), "CUDA")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"graphopt::{name}", checked(fake), lib=_library)
+
+
+def _check_names(name: str, scheme: str) -> None:
+    for what, given, allowed in (("activation", name, tuple(activation.FUNCTIONS)), ("scheme", scheme, SCHEMES)):
+        if given not in allowed:
+            raise OptionsError(f"{what} {given!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def _check_activation(x: Tensor, name: str, scheme: str, seed: Tensor | None) -> None:
+    _check_names(name, scheme)
+    _require(x.is_floating_point(), lambda: f"activation_forward: x is {x.dtype}, not floating point")
+    if scheme == "unbiased":
+        _require(
+            seed is not None and (seed.dtype, seed.numel(), seed.device) == (torch.int64, 1, x.device),
+            lambda: f"activation_forward: 'unbiased' draws from a seed, one int64 on {x.device}, not {_about(seed)}",
+        )
+
+
+def _check_code(grad: Tensor, code: Tensor, name: str, scheme: str) -> None:
+    _check_names(name, scheme)
+    words = activation.words(grad.numel())
+    _require(
+        (code.dtype, code.dim(), code.device) == (torch.int32, 1, grad.device) and code.shape[0] == words,
+        lambda: f"activation_backward: code is {_about(code)}, not int32 ({words},) on {grad.device}",
+    )
+
+
+def _check_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, *_: Any) -> None:
+    # kernels read as many elements as these shapes promise
+    expected = tuple(shape)
+    _require(x.is_floating_point(), lambda: f"norm_forward: x is {x.dtype}, not floating point")
+    _require(
+        len(expected) > 0 and tuple(x.shape[-len(expected) :]) == expected,
+        lambda: f"norm_forward: normalized_shape {expected} is not the end of x's shape {tuple(x.shape)}",
+    )
+    _check_shape("norm_forward: weight", weight, expected, x.device)
+    _check_shape("norm_forward: bias", bias, expected, x.device)
+
+
+def _check_normalised(grad: Tensor, z: Tensor, rstd: Tensor, weight: Tensor | None, ndim: int, *_: Any) -> None:
+    _require(0 < ndim <= grad.dim(), lambda: f"norm_backward: ndim is {ndim}, grad has {grad.dim()} dims")
+    outer, inner = tuple(grad.shape[:-ndim]), tuple(grad.shape[-ndim:])
+    _check_shape("norm_backward: z", z, outer + inner, grad.device)
+    _check_shape("norm_backward: rstd", rstd, (*outer, *[1] * ndim), grad.device)
+    _check_shape("norm_backward: weight", weight, inner, grad.device)
+
+
+def _check_shape(what: str, given: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    _require(
+        given is None or (tuple(given.shape) == shape and given.device == device),
+        lambda: f"{what} is {_about(given)}, not {shape} on {device}",
+    )
+
+
+def _about(given: Tensor | None) -> str:
+    return "None" if given is None else f"{given.dtype} {tuple(given.shape)} on {given.device}"
+
+
+def _supports_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool,
+    z_dtype: torch.dtype,
+) -> bool:  # fmt: skip
+    return norm.supports(math.prod(shape), x.dtype, _dtype(weight), _dtype(bias), z_dtype)
+
+
+def _supports_norm_backward(
+    grad: Tensor, z: Tensor, rstd: Tensor, weight: Tensor | None, ndim: int, centred: bool, dtype: torch.dtype,
+    mask: Sequence[bool],
+) -> bool:  # fmt: skip
+    supported = norm.supports(math.prod(grad.shape[-ndim:]), grad.dtype, z.dtype, _dtype(weight), dtype)
+    return supported and rstd.dtype == torch.float32
+
+
+def _dtype(parameter: Tensor | None) -> torch.dtype | None:
+    return None if parameter is None else parameter.dtype
+
+
+def _save_code(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, ctx.name, ctx.scheme, _ = inputs
+    y, code = output
+    ctx.order = memory_order(y)
+    ctx.save_for_backward(code)
+    ctx.mark_non_differentiable(code)
+
+
+def _differentiate_activation(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    # the code lies as y does, so the gradient is read in that order
+    (code,) = ctx.saved_tensors
+    dx = torch.ops.graphopt.activation_backward(grad.permute(ctx.order), code, ctx.name, ctx.scheme)
+    return dx.permute([ctx.order.index(dim) for dim in range(grad.dim())]), None, None, None
+
+
+def _save_normalised(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, shape, weight, bias, _, ctx.centred, z_dtype = inputs
+    y, z, rstd = output
+    ctx.ndim, ctx.dtype = len(shape), x.dtype
+    # without an affine map y equals z, and what reads y may keep it too
+    equal = weight is None and bias is None and z_dtype == x.dtype
+    ctx.save_for_backward(y if equal else z, rstd, weight)
+    ctx.mark_non_differentiable(z, rstd)
+
+
+def _differentiate_norm(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    z, rstd, weight = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[2:4])
+    dx, dweight, dbias = torch.ops.graphopt.norm_backward(grad, z, rstd, weight, ctx.ndim, ctx.centred, ctx.dtype, mask)
+    return dx, None, dweight if mask[0] else None, dbias if mask[1] else None, None, None, None
+
+
+_define(
+    "activation_forward(Tensor x, str activation, str scheme, Tensor? seed) -> (Tensor y, Tensor code)",
+    check=_check_activation,
+    reference=activation.reference_forward,
+    fake=lambda x, *_: activation.empty_forward(x),
+    kernel=activation.forward,
+    supports=lambda x, *_: activation.supports(x.dtype),
+)
+_define(
+    "activation_backward(Tensor grad, Tensor code, str activation, str scheme) -> Tensor",
+    check=_check_code,
+    reference=activation.reference_backward,
+    fake=lambda grad, *_: torch.empty_like(grad, memory_format=torch.contiguous_format),
+    kernel=activation.backward,
+    supports=lambda grad, *_: activation.supports(grad.dtype),
+)
+_define(
+    "norm_forward(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, bool centred,"
+    " ScalarType z_dtype) -> (Tensor, Tensor, Tensor)",
+    check=_check_norm,
+    reference=norm.reference_forward,
+    fake=lambda x, shape, weight, bias, eps, centred, z_dtype: norm.empty_forward(x, len(shape), z_dtype),
+    kernel=norm.forward,
+    supports=_supports_norm,
+)
+_define(
+    "norm_backward(Tensor grad, Tensor z, Tensor rstd, Tensor? weight, int ndim, bool centred, ScalarType dtype,"
+    " bool[2] mask) -> (Tensor, Tensor, Tensor)",
+    check=_check_normalised,
+    reference=norm.reference_backward,
+    fake=lambda grad, z, rstd, weight, ndim, centred, *rest: norm.empty_backward(grad, weight, ndim, *rest),
+    kernel=norm.backward,
+    supports=_supports_norm_backward,
+)
+torch.library.register_autograd(
+    "graphopt::activation_forward", _differentiate_activation, setup_context=_save_code, lib=_library
+)
+torch.library.register_autograd(
+    "graphopt::norm_forward", _differentiate_norm, setup_context=_save_normalised, lib=_library
+)
