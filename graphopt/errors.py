@@ -25,3 +25,7 @@ class PassError(GraphoptError):
 
 class CaptureError(GraphoptError):
     """A model could not be captured as one training graph."""
+
+
+class MergeError(GraphoptError):
+    """Norms cannot be merged into the linears that read them, or cannot be taken out again."""
