@@ -31,7 +31,7 @@ from graphopt import passes
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
-from graphopt.partition import HEURISTICS, STOCK, Halves, crossing_bytes, cut, mark, mark_freed, prefer
+from graphopt.partition import HEURISTICS, STOCK, Halves, crossing_bytes, cut, mark, mark_freed, prefer, wishes
 from graphopt.passes.approx_activation import ACTIVATIONS
 from graphopt.pipeline import PassRecord, bind, run, take_back
 
@@ -100,19 +100,21 @@ def split(
     """Rewrite a joint graph, cut it, rewrite what the cut saves, cut again. A step that does not pay is taken back."""
     rules, outputs = HEURISTICS[str(options.recompute)], kwargs["num_fwd_outputs"]
 
-    def attempt(whole: fx.GraphModule, rules: Mapping[str, object]) -> Attempt:
-        joint, _ = run(copy(whole), joint_inputs, (decompose,))
+    def attempt(
+        whole: fx.GraphModule, rules: Mapping[str, object] = rules, joint: fx.GraphModule | None = None
+    ) -> Attempt:
+        joint = joint or run(copy(whole), joint_inputs, (decompose,))[0]
         halves = cut(copy(joint), joint_inputs, rules, **kwargs)
         return Attempt(whole, joint, halves, crossing_bytes(halves[0], outputs))
 
     plain = copy(gm)
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
-    best = attempt(gm, rules)
-    if (preferred := prefer(gm)) is not None and (other := attempt(preferred, rules)).bytes <= best.bytes:
+    best = attempt(gm)
+    if wishes(gm) and (other := attempt(prefer(gm), rules, prefer(best.joint))).bytes <= best.bytes:
         best = other
     if best.bytes > (stock := attempt(plain, STOCK)).bytes:
         take_back(records, "stock Inductor saves fewer bytes of this graph")
-        best = attempt(plain, rules)
+        best = attempt(plain)
         if stock.bytes < best.bytes:
             best, rules = stock, STOCK
 

@@ -85,10 +85,13 @@ def keep(graph: fx.Graph) -> None:
                 compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
-def prefer(gm: fx.GraphModule) -> fx.GraphModule | None:
-    """A copy of the graph in which the cut must save what rewrites would rather see saved; None without such a wish."""
-    if not any(PREFERRED in node.meta for node in gm.graph.nodes):
-        return None
+def wishes(gm: fx.GraphModule) -> bool:
+    """Whether a rewrite has marked what it would rather see saved."""
+    return any(PREFERRED in node.meta for node in gm.graph.nodes)
+
+
+def prefer(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph in which the cut must save what rewrites would rather see saved."""
     gm = copy(gm)
     for node in gm.graph.nodes:
         if PREFERRED in node.meta:
