@@ -107,16 +107,17 @@ def split(
         halves = cut(copy(joint), joint_inputs, rules, **kwargs)
         return Attempt(whole, joint, halves, crossing_bytes(halves[0], outputs))
 
-    plain = copy(gm)
+    plain = attempt(copy(gm))
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
     best = attempt(gm)
     if wishes(gm) and (other := attempt(prefer(gm), rules, prefer(best.joint))).bytes <= best.bytes:
         best = other
-    if best.bytes > (stock := attempt(plain, STOCK)).bytes:
+    if best.bytes > plain.bytes:
+        take_back(records, "the graph as it was can be cut for fewer bytes")
+        best = plain
+    if rules is not STOCK and (stock := attempt(plain.whole, STOCK, plain.joint)).bytes < best.bytes:
         take_back(records, "stock Inductor saves fewer bytes of this graph")
-        best = attempt(plain)
-        if stock.bytes < best.bytes:
-            best, rules = stock, STOCK
+        best, rules = stock, STOCK
 
     if options.approx_activation:
         mark_freed(best.whole, ACTIVATIONS, best.halves, outputs)

@@ -181,6 +181,23 @@ def test_never_more_bytes_than_stock():
         assert sum(each.bytes for each in capture.lowmem()[0]) <= sum(each.bytes for each in capture.saved)
 
 
+def test_never_more_bytes_than_without_a_rewrite():
+    """Under autocast the norm's input is made anew from the model's own, which costs nothing to keep."""
+    first, norm, second = nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32)
+
+    def function(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = x + first(x)
+            return x + second(norm(x))
+
+    capture = graphopt.capture(function, torch.randn(4, 64, 32))
+    kept = {
+        disable: sum(each.bytes for each in capture.lowmem(graphopt.Options(disable=disable))[0])
+        for disable in ((), ("share_norm",))
+    }
+    assert kept[()] <= kept[("share_norm",)]
+
+
 def test_no_parameter_is_copied_into_the_saved_set(halves):
     model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), MLP("silu")).to(torch.bfloat16)
     step(model, (torch.randn(48, 32, dtype=torch.bfloat16),))
