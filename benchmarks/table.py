@@ -1,4 +1,4 @@
-"""Write the figures of benchmarks/results into the README, between its two markers; --check only compares."""
+"""Write the figures of benchmarks/results into the documents, each between its two markers; --check only compares."""
 
 import argparse
 import json
@@ -6,12 +6,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 Row = dict[str, Any]
 NAMES = {
@@ -24,26 +22,48 @@ NAMES = {
 }
 
 
+class Place(NamedTuple):
+    """Where figures stand: a document, the name of its markers, the files of results and what makes text of one."""
+
+    document: str
+    marker: str
+    results: str
+    render: Callable[[Row], str]
+
+    def filled(self, old: str) -> str | None:
+        """The document with the present figures; None where it has no such place."""
+        begin, end = f"<!-- {self.marker}:begin -->", f"<!-- {self.marker}:end -->"
+        if begin not in old:
+            return None
+        texts = [self.render(json.loads(path.read_text())) for path in sorted(RESULTS.glob(self.results))]
+        if not texts:
+            sys.exit(
+                f"{self.document} has a place for figures and benchmarks/results has no {self.results}: make bench"
+            )
+        body = "\n\n".join(texts)
+        return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{body}\n{end}", old, flags=re.DOTALL)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the figures of benchmarks/results into the README.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    parser = argparse.ArgumentParser(description="Write the figures of benchmarks/results into the documents.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
     check = parser.parse_args().check
-    old = README.read_text()
-    if BEGIN not in old:
-        print(f"README.md has no {BEGIN}: nothing to write")
-        return
-    tables = [render(json.loads(path.read_text())) for path in sorted(RESULTS.glob("blocks*.json"))]
-    if not tables:
-        sys.exit("README.md has a place for figures and benchmarks/results has none: make bench")
-    body = "\n\n".join(tables)
-    new = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{body}\n{END}", old, flags=re.DOTALL)
-    if check and new != old:
-        sys.exit("the figures of README.md are not those of benchmarks/results: make readme")
-    if not check:
-        README.write_text(new)
+    wrong = []
+    for place in PLACES:
+        path = ROOT / place.document
+        old = path.read_text()
+        new = place.filled(old)
+        if new is None:
+            print(f"{place.document} has no <!-- {place.marker}:begin -->: nothing to write")
+        elif check and new != old:
+            wrong.append(f"the figures of {place.document} are not those of benchmarks/results: make readme")
+        elif not check and new != old:
+            path.write_text(new)
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
-def render(results: Row) -> str:
+def render_blocks(results: Row) -> str:
     """Two Markdown tables of one results file: memory; time and gradient error."""
     rows = {(row["block"], row["method"]): row for row in results["rows"]}
     device = results["device"].upper() if results["device"] == "cpu" else results["device"]
@@ -60,11 +80,15 @@ def render(results: Row) -> str:
 
 def _table(rows: dict[tuple[str, str], Row], cell: Callable[[Row], str]) -> str:
     blocks, methods = dict.fromkeys(block for block, _ in rows), dict.fromkeys(method for _, method in rows)
-    lines = [["block", *(f"`{method}`" for method in methods)], ["---"] * (len(methods) + 1)]
+    lines = []
     for block in blocks:
         found = (rows.get((block, method)) for method in methods)
         lines.append([NAMES[block], *(cell(row) if row else "–" for row in found)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _markdown(["block", *(f"`{method}`" for method in methods)], lines)
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def _memory(row: Row) -> str:
@@ -78,6 +102,62 @@ def _peak(row: Row) -> str:
 def _cost(row: Row) -> str:
     error = "–" if row["gradient_error"] is None else f"{row['gradient_error']:.4f}"
     return f"{row['step_ratio']:.2f} / {error}"
+
+
+def render_traffic(results: Row) -> str:
+    """Markdown tables of the bytes that CUDA code moves: activations; forward, backward and launches of norms."""
+    activations = [row for row in results["rows"] if "place" not in row]
+    norms = [row for row in results["rows"] if "place" in row]
+    mlp = results["mlp"]
+    forwards = [row for row in activations if row["half"] == "forward" and not row["variant"].startswith("kernel")]
+    loads = sorted({sum(row["x_loads"]) for row in forwards})
+    columns = "stock / fused / kernel"
+    return (
+        f"Inductor's code for an {results['device']}, {results['dtype']}, torch {results['torch']}, triton "
+        f"{results['triton']}; generated, not run. Bytes of a whole half of the training graph, matrix products and "
+        f"partial sums included, in units of the operator's input.\n\n"
+        f"Linear({mlp['width']}, {mlp['hidden']}), activation, frozen Linear({mlp['hidden']}, {mlp['width']}), "
+        f"{mlp['tokens']} tokens: units in forward + backward, and launches beside matrix products and seeds. The "
+        f"kernels that Inductor writes for forward load x {' or '.join(map(str, loads))} time(s) in all.\n\n"
+        f"{_activations(activations)}\n\n"
+        f"Norms, backward, {columns}:\n\n{_norms(norms, 'backward', 'units')}\n\n"
+        f"Norms, forward, {columns}; frozen ones move the same:\n\n"
+        f"{_norms([row for row in norms if not row['frozen']], 'forward', 'units')}\n\n"
+        f"Norms, launches in backward, {columns}:\n\n{_norms(norms, 'backward', 'kernels')}"
+    )
+
+
+def _activations(rows: list[Row]) -> str:
+    cells: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        name = row["operator"] + (f", dropout {row['dropout']}" if row["dropout"] else "")
+        cells.setdefault(name, {}).setdefault(row["variant"], []).append(row)
+    variants = dict.fromkeys(row["variant"] for row in rows)
+    lines = []
+    for name, found in cells.items():
+        pairs = ((forward, backward) for forward, backward in (found[variant] for variant in variants))
+        lines.append(
+            [name, *(f"{f['units']:.2f} + {b['units']:.2f} ({f['kernels']} + {b['kernels']})" for f, b in pairs)]
+        )
+    return _markdown(["activation", *variants], lines)
+
+
+def _norms(rows: list[Row], half: str, what: str) -> str:
+    cells: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row["half"] == half:
+            name = f"{row['operator']}, {'frozen' if row['frozen'] else 'trained'}, {row['place']}"
+            figure = f"{row[what]:.2f}" if what == "units" else str(row[what])
+            cells.setdefault(name, {}).setdefault(f"{row['rows']} × {row['width']}", []).append(figure)
+    sizes = dict.fromkeys(size for found in cells.values() for size in found)
+    lines = [[name, *(" / ".join(found[size]) for size in sizes)] for name, found in cells.items()]
+    return _markdown(["norm", *sizes], lines)
+
+
+PLACES = (
+    Place("README.md", "results", "blocks*.json", render_blocks),
+    Place("docs/lowering.md", "traffic", "traffic*.json", render_traffic),
+)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""How our operators reach CUDA: kernels and bytes of the code that Inductor writes for them, on any machine."""
+
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the other process inherits it
+import offline_cuda
+
+SCHEMES = ("relu3", "lloyd", "unbiased")
+BF16 = torch.bfloat16
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu}
+every_activation = pytest.mark.parametrize("name", ACTIVATIONS)
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+class MLP(nn.Module):
+    def __init__(self, activation, hidden):
+        super().__init__()
+        self.up, self.down = nn.Linear(512, hidden, dtype=BF16), nn.Linear(hidden, 512, dtype=BF16)
+        self.down.requires_grad_(False)  # so that backward has the activation's input for the slope alone
+        self.activation = activation
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+class Residual(nn.Module):
+    def __init__(self, kind, frozen, width):
+        super().__init__()
+        self.before, self.after = (nn.Linear(width, width, bias=False, dtype=BF16) for _ in range(2))
+        self.norm = kind(width, dtype=BF16).requires_grad_(not frozen)
+
+    def forward(self, x):
+        h = self.before(x)
+        return h + self.after(self.norm(h))
+
+
+def generate_mlp(name, tokens, hidden, *how):
+    with FakeTensorMode():
+        return offline_cuda.generate(MLP(ACTIVATIONS[name], hidden), [torch.empty(tokens, 512, dtype=BF16)], *how)
+
+
+def generate_residual(kind, frozen, rows, width, *how):
+    with FakeTensorMode():
+        return offline_cuda.generate(Residual(kind, frozen, width), [torch.empty(rows, width, dtype=BF16)], *how)
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """(function, *arguments) -> forward and backward, each made once.
+
+    In another process, since what Inductor believes of the device should not outlive this file.
+    """
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    known = {}
+
+    def ask(*what):
+        key = repr(what)
+        if key not in known:
+            known[key] = pool.submit(*what).result()
+        return known[key]
+
+    yield ask
+    pool.shutdown()
+
+
+def coded(scheme):
+    return "lowmem", {"approx_activation": scheme}
+
+
+# any number of tokens; the width is another matter, see below
+SIZES = {"gelu": ((1024, 2048), (1023, 2064)), "gelu_tanh": ((1024, 2048),), "silu": ((1024, 2048),)}
+
+
+@every_scheme
+@pytest.mark.parametrize("name, size", [(name, size) for name, sizes in SIZES.items() for size in sizes])
+def test_an_activation_and_its_code_are_one_kernel(generated, name, scheme, size):
+    forward, _ = generated(generate_mlp, name, *size, *coded(scheme))
+    (kernel,) = forward.kernels
+    x, (y,) = forward.products[0], forward.read_by_products[1]
+    loads, stores = dict(kernel.loads), dict(kernel.stores)
+    assert loads.pop(x) == 1
+    assert stores.pop(y) == 1
+    # beside x it reads seeds if it draws; beside y it writes the words
+    seeds = [("int64", 1)] if scheme == "unbiased" else []
+    assert [(forward.dtypes[buffer], times) for buffer, times in loads.items()] == seeds
+    assert [(forward.dtypes[buffer], times) for buffer, times in stores.items()] == [("int32", 1)]
+
+
+@every_activation
+@every_scheme
+def test_backward_reads_a_code_in_the_place_of_the_input(generated, name, scheme):
+    _, stock = generated(generate_mlp, name, 1024, 2048)
+    _, backward = generated(generate_mlp, name, 1024, 2048, *coded(scheme))
+    assert len(backward.kernels) <= len(stock.kernels)
+    # two bits an element instead of two bytes, and nothing else moves
+    assert stock.bytes - backward.bytes == 1024 * 2048 * (2 - 2 / 8)
+
+
+@every_scheme
+def test_a_width_that_16_does_not_divide_takes_more_kernels(generated, scheme):
+    """Known: Inductor fuses loops over (rows, width) with a sum over (words, 16) where 16 divides the width."""
+    forward, _ = generated(generate_mlp, "gelu", 1024, 2047, *coded(scheme))
+    stock, _ = generated(generate_mlp, "gelu", 1024, 2047)
+    assert len(forward.kernels) <= 2
+    assert all(loads == 1 for kernel in forward.kernels for loads in kernel.loads.values())
+    # relu3 and lloyd read x once more, 2 bytes an element; unbiased hands the codes over in memory, twice 4 bytes; and
+    # an eighth of x in words
+    allowed = {"relu3": 2.25, "lloyd": 2.25, "unbiased": 8.25}[scheme]
+    assert forward.bytes - stock.bytes < allowed * 1024 * 2047 + 1000
+
+
+# Triton kernels as measured with torch 2.13: of forward; of backward with 4096 rows, and with 16384, from where on
+# Inductor makes the sums over rows and over columns in one kernel
+NORMS = {
+    (nn.LayerNorm, False): (1, 7, 6),
+    (nn.LayerNorm, True): (1, 4, 2),
+    (nn.RMSNorm, False): (1, 4, 3),
+    (nn.RMSNorm, True): (1, 2, 2),
+}
+
+
+@pytest.mark.parametrize("kind, frozen", NORMS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_norm_takes_no_more_kernels_than_it_did(generated, kind, frozen):
+    forwards, small, large = NORMS[kind, frozen]
+    for rows, backwards in ((4096, small), (16384, large)):
+        forward, backward = generated(generate_residual, kind, frozen, rows, 1024, "lowmem")
+        assert len(forward.kernels) <= forwards
+        assert len(backward.kernels) <= backwards
+        # no kernel of forward reads anything twice
+        assert not any(loads > 1 for kernel in forward.kernels for loads in kernel.loads.values())
