@@ -25,7 +25,6 @@ from graphopt.lowering.codes import BITS, LIMIT, SELU_ALPHA, SELU_SCALE, Code, c
 from graphopt.lowering.formulas import WORD, compute_dtype, pack, unpack
 
 aten = torch.ops.aten
-CODES_IN_WORD = WORD // BITS
 
 # torch's own f, and f' by its own backward
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -303,7 +302,7 @@ def empty_forward(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def words(numel: int) -> int:
     """How many words the codes of so many elements take."""
-    return (numel + CODES_IN_WORD - 1) // CODES_IN_WORD
+    return (numel + WORD - 1) // WORD
 
 
 def _thresholds(row: Code) -> tuple[float, float, float]:

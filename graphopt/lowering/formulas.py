@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WORD = 32  # bits in one packed word
+WORD = 16  # values in one packed word
+WORDS = {1: torch.int16, 2: torch.int32}  # bits a value -> dtype of a word
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,19 +68,22 @@ def norm_backward(
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """bool or int32 of any shape, each below 2^bits -> int32[ceil(numel / n)], n = 32 / bits values to a word.
+    """bool or int32 of any shape, each below 2^bits -> words [ceil(numel / 16)] of 16 values each, bits 1 or 2.
 
-    Value i lies at bit bits * (i % n) of word i // n, in row-major order. A sum of shifted values, not slices or-ed
-    together: Inductor fuses a small reduction into the values' producer.
+    Value i lies at bit bits * (i % 16) of word i // 16, in row-major order. A sum of shifted values, not slices or-ed
+    together: Inductor fuses a small reduction into the values' producer, and those of one length with each other.
     """
-    flat, shifts = values.reshape(-1).to(torch.int32), _shifts(bits, values.device)
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[0] % shifts.shape[0])).view(-1, shifts.shape[0])
-    return (padded << shifts).sum(-1, dtype=torch.int32)
+    flat = values.reshape(-1).to(torch.int32)
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[0] % WORD)).view(-1, WORD)
+    words = (padded << _shifts(bits, values.device)).sum(-1, dtype=torch.int32)
+    if bits == 1:  # as a signed number of 16 bits, so that nothing overflows
+        words = (words ^ 0x8000) - 0x8000
+    return words.to(WORDS[bits])
 
 
 def unpack(words: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of `pack`: int32[ceil(numel / n)] -> values of `shape` in `dtype`."""
-    values = (words.unsqueeze(-1) >> _shifts(bits, words.device)) & ((1 << bits) - 1)
+    """The inverse of `pack`: words [ceil(numel / 16)] -> values of `shape` in `dtype`."""
+    values = (words.to(torch.int32).unsqueeze(-1) >> _shifts(bits, words.device)) & ((1 << bits) - 1)
     numel = 1
     for size in shape:
         numel = numel * size
@@ -87,4 +91,4 @@ def unpack(words: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Te
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:
-    return torch.arange(0, WORD, bits, dtype=torch.int32, device=device)
+    return torch.arange(0, WORD * bits, bits, dtype=torch.int32, device=device)

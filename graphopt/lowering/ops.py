@@ -5,7 +5,7 @@ Inductor sees a graph; under `lowmem_eager` the reference runs as it stands.
 
     rms_norm            y = x * rstd * weight, rstd = rsqrt(mean(x^2) + eps); y in x's dtype, rstd in float32
     rms_norm_backward   dx, dweight; an output that `mask` leaves out is empty
-    pack, unpack        small integers <-> a few bits an element, in int32 words
+    pack, unpack        small integers <-> one or two bits an element, 16 to a word
 
 Those that have kernels of their own, to be called in eager mode, are in `graphopt.kernels.ops`:
 

@@ -29,7 +29,7 @@ from graphopt.lowering import ops  # noqa: F401  (registers the operators named 
 from graphopt.lowering.code_tables import CODES
 from graphopt.lowering.codes import BITS, LIMIT, SELU_ALPHA, SELU_SCALE, Code, count, draw, slope
 from graphopt.lowering.decompose import inductor_table
-from graphopt.lowering.formulas import WORD, compute_dtype
+from graphopt.lowering.formulas import WORD, WORDS, compute_dtype
 from graphopt.partition import FREES
 from graphopt.pipeline import fired, left_alone
 
@@ -113,7 +113,7 @@ def approx_activation(
         if found is None or not found.read.meta["val"].is_floating_point():
             left_alone(node, "no code is known for an activation with these settings")
             continue
-        code = math.ceil(hint(found.read.meta["val"].numel()) * BITS / WORD) * 4
+        code = math.ceil(hint(found.read.meta["val"].numel()) / WORD) * WORDS[BITS].itemsize
         frees = node.meta.get(FREES, 0) if marked else code + 1
         if any(in_checkpoint(each) for each in (found.read, *found.read.users)):
             left_alone(node, "its region is checkpointed and recomputed as a whole")

@@ -3,7 +3,7 @@
 Before   backward reads a bool of one byte an element.
 Now      it reads unpack(pack(mask)), and the cut saves the words. Where a first cut has marked what crosses, only those
          masks are packed: one that backward can make anew from a tensor it reads anyway is cheaper still.
-Costs    a reduction of 32 bits to a word beside the mask's producer, and a shift in backward's first kernel.
+Costs    a reduction of 16 bits to a word beside the mask's producer, and a shift in backward's first kernel.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch import fx
 
 from graphopt.graph import after_tangents, copy_node, in_backward, in_checkpoint, memory_order, nbytes, splice, tensor
-from graphopt.lowering import formulas, ops  # noqa: F401  (ops registers the operators named below)
+from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.partition import IN_BACKWARD, SAVED
 from graphopt.pipeline import fired, left_alone
 
 own = torch.ops.graphopt
+SMALLEST = 128  # bytes
 
 
 def pack_mask(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.GraphModule:
@@ -34,8 +35,8 @@ def pack_mask(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.G
             continue
         if in_checkpoint(node):
             left_alone(node, "its region is checkpointed and recomputed as a whole")
-        elif nbytes(value) < 4 * formulas.WORD:
-            left_alone(node, "it is no larger than a few words")
+        elif nbytes(value) < SMALLEST:
+            left_alone(node, f"it has less than {SMALLEST} bytes")
         else:
             readers = [user for user in node.users if _reads(user, backward)]
             unpacked = splice(graph, node.next, _through_words, (node,), like=node)
