@@ -32,6 +32,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from graphopt.kernels import activation, norm
+from graphopt.lowering.activations import ACTIVATIONS
 
 RESULT = Path(__file__).parent / "results" / "cubins.json"
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -99,7 +100,7 @@ def builds() -> list[Build]:
 def _activations(dtype: str, arch: str) -> list[Build]:
     words, warps = activation.blocks()
     found = []
-    for name in activation.FUNCTIONS:
+    for name in ACTIVATIONS:
         for scheme in ("relu3", "unbiased", "lloyd"):
             types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "code_ptr": "*i32", "seed_ptr": "*i64", "numel": "i32"}
             constants = {"ACTIVATION": name, "SCHEME": scheme, **ROW, "WORDS": words}

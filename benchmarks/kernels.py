@@ -31,8 +31,9 @@ from torch import Tensor
 from graphopt.kernels import activation, norm
 from graphopt.kernels.language import INSTALLED
 from graphopt.lowering import formulas
+from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.code_tables import CODES
-from graphopt.lowering.codes import count, draw, slope
+from graphopt.lowering.codes import encode, slope
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = (torch.bfloat16, torch.float32)
@@ -106,7 +107,7 @@ def cases(elements: int, device: torch.device) -> Iterator[Case]:
 
 
 def _activation_forward(name: str, scheme: str, elements: int, dtype: torch.dtype, device: torch.device) -> Case:
-    function, derivative = activation.FUNCTIONS[name]
+    function, derivative = ACTIVATIONS[name]
     row = CODES[name][scheme]
 
     def inputs() -> tuple[Tensor, Tensor]:
@@ -114,12 +115,7 @@ def _activation_forward(name: str, scheme: str, elements: int, dtype: torch.dtyp
 
     def formula(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         h = x.float()
-        if scheme == "relu3":
-            code = count(h, row.thresholds)
-        elif scheme == "lloyd":
-            code = count(derivative(h), row.thresholds)
-        else:
-            code = draw(derivative(h), row.levels, torch.rand_like(h))
+        code = encode(h, derivative, scheme, row, lambda: torch.rand_like(h))
         return function(h).to(dtype), formulas.pack(code, 2)
 
     def error(found: tuple[Tensor, Tensor], x: Tensor, seed: Tensor) -> float:

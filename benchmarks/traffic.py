@@ -35,7 +35,7 @@ from graphopt.graph import fake_mode, outputs_of, splice
 from graphopt.kernels import norm
 from graphopt.lowering import formulas
 from graphopt.lowering.codes import SCHEMES
-from graphopt.passes.approx_activation import ACTIVATIONS
+from graphopt.passes.approx_activation import SLOPES
 from graphopt.pipeline import Pass, fired
 
 RESULT = Path(__file__).parent / "results" / "traffic.json"
@@ -65,8 +65,8 @@ def kernel_codes(gm: fx.GraphModule, example_inputs: Sequence[object] = (), *, s
     def seed(x: Tensor) -> Tensor | None:
         return torch.ops.prims.inductor_seed(x.device).view(1) if scheme == "unbiased" else None
 
-    for node in [node for node in gm.graph.nodes if node.target in ACTIVATIONS]:
-        found = ACTIVATIONS[node.target](node)
+    for node in [node for node in gm.graph.nodes if node.target in SLOPES]:
+        found = SLOPES[node.target](node)
         forward = next(user for user in found.read.users if user.target in (aten.gelu.default, aten.silu.default))
         y, words = splice(
             gm.graph, forward, lambda x, name=found.name: own.activation_forward(x, name, scheme, seed(x)),

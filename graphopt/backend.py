@@ -1,9 +1,7 @@
 """The backends torch.compile finds by name.
 
 forward graph                  canonicalize
-─ AOTAutograd ─▶ joint graph   share_norm, cut
-                               approx_activation if asked for, cut again if it fired
-                               pack_mask, cut again if it fired
+─ AOTAutograd ─▶ joint graph   split: share_norm, cut, approx_activation if asked for, pack_mask
 ─▶ forward, backward graphs    lower
 ─▶ Inductor, unmodified (`lowmem`), or run as they stand, node by node (`lowmem_eager`)
 """
@@ -13,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +25,10 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt import passes
-from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
-from graphopt.partition import HEURISTICS, STOCK, Halves, crossing_bytes, cut, mark, mark_freed, prefer, wishes
-from graphopt.passes.approx_activation import ACTIVATIONS
-from graphopt.pipeline import PassRecord, bind, run, take_back
+from graphopt.pipeline import run
+from graphopt.split import split
 
 
 def lowmem(
@@ -82,63 +77,6 @@ def lowmem_eager(
         decompositions=tracing_table(),
     )
     return compiler(gm, example_inputs)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One way to split a joint graph: the graph with its canonical operators whole, spelt out, and cut."""
-
-    whole: fx.GraphModule
-    joint: fx.GraphModule
-    halves: Halves
-    bytes: int
-
-
-def split(
-    gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, **kwargs: Any
-) -> tuple[fx.GraphModule, fx.GraphModule, list[PassRecord]]:
-    """Rewrite a joint graph, cut it, rewrite what the cut saves, cut again. A step that does not pay is taken back."""
-    rules, outputs = HEURISTICS[str(options.recompute)], kwargs["num_fwd_outputs"]
-
-    def attempt(
-        whole: fx.GraphModule, rules: Mapping[str, object] = rules, joint: fx.GraphModule | None = None
-    ) -> Attempt:
-        joint = joint or run(copy(whole), joint_inputs, (decompose,))[0]
-        halves = cut(copy(joint), joint_inputs, rules, **kwargs)
-        return Attempt(whole, joint, halves, crossing_bytes(halves[0], outputs))
-
-    plain = attempt(copy(gm))
-    gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
-    best = attempt(gm)
-    if wishes(gm) and (other := attempt(prefer(gm), rules, prefer(best.joint))).bytes <= best.bytes:
-        best = other
-    if best.bytes > plain.bytes:
-        take_back(records, "the graph as it was can be cut for fewer bytes")
-        best = plain
-    if rules is not STOCK and (stock := attempt(plain.whole, STOCK, plain.joint)).bytes < best.bytes:
-        take_back(records, "stock Inductor saves fewer bytes of this graph")
-        best, rules = stock, STOCK
-
-    if options.approx_activation:
-        mark_freed(best.whole, ACTIVATIONS, best.halves, outputs)
-        codes = [bind(each, scheme=options.approx_activation) for each in passes.CODES]
-        gm, more = run(copy(best.whole), joint_inputs, codes, options.disable)
-        records += more
-        if any(record.fired for record in more):
-            if (coded := attempt(gm, rules)).bytes < best.bytes:
-                best = coded
-            else:
-                take_back(more, "it saves no bytes: the cut keeps others in their place")
-
-    mark(best.joint, best.halves, outputs)
-    gm, more = run(best.joint, joint_inputs, passes.SAVED, options.disable)
-    records += more
-    if any(record.fired for record in more):
-        packed = cut(gm, joint_inputs, rules, **kwargs)
-        if crossing_bytes(packed[0], outputs) < best.bytes:
-            return *packed, records
-        take_back(more, "it saves no bytes: something else needs the tensor as it is")
-    return *best.halves, records
 
 
 class Partitioner(CustomPartitionerFn):

@@ -14,8 +14,8 @@ from graphopt.lowering.codes import SCHEMES
 
 ENVIRONMENT = "GRAPHOPT_OPTIONS"
 # what a preset sets where the option itself is not given
-PRESETS: dict[str, dict[str, str | None]] = {
-    "exact": {"approx_activation": None, "recompute": "pointwise"},
+PRESETS: dict[str, dict[str, str]] = {
+    "exact": {"approx_activation": "off", "recompute": "pointwise"},
     "paper": {"approx_activation": "relu3", "recompute": "stock"},
 }
 RECOMPUTE = ("pointwise", "stock")
@@ -29,8 +29,8 @@ class Options:
                        new: a norm's gradient reads z in the dtype in which the next linears read it.
                        "paper": LowMemoryBP as published (arXiv 2406.16282): shared norms, relu3 codes of activations.
     approx_activation  the code by which backward knows an activation's slope where that saves bytes: "relu3",
-                       "unbiased" or "lloyd" (see graphopt.lowering.codes). Those gradients are approximate.
-                       None: as the preset has it.
+                       "unbiased" or "lloyd" (see graphopt.lowering.codes), or "off". Those gradients are
+                       approximate. None: as the preset has it.
     recompute          what backward makes anew: "pointwise", all that is cheap, or "stock", what Inductor does by
                        itself. None: as the preset has it.
     disable            names of passes to leave out, such as ("share_norm",).
@@ -47,10 +47,8 @@ class Options:
         from graphopt.passes import NAMES
 
         _one_of("preset", self.preset, tuple(PRESETS))
-        for option, allowed in (("approx_activation", SCHEMES), ("recompute", RECOMPUTE)):
-            if getattr(self, option) is None:
-                object.__setattr__(self, option, PRESETS[self.preset][option])
-            else:
+        for option, allowed in (("approx_activation", (*SCHEMES, "off")), ("recompute", RECOMPUTE)):
+            if getattr(self, option) is not None:
                 _one_of(option, getattr(self, option), allowed)
         names = self.disable
         if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
@@ -59,13 +57,22 @@ class Options:
             _one_of("disable", name, NAMES)
         object.__setattr__(self, "disable", tuple(sorted(set(self.disable))))
 
+    @property
+    def code(self) -> str | None:
+        """The code of activations that applies, None for none."""
+        code = self.approx_activation or PRESETS[self.preset]["approx_activation"]
+        return None if code == "off" else code
+
+    @property
+    def recomputed(self) -> str:
+        """What backward makes anew."""
+        return self.recompute or PRESETS[self.preset]["recompute"]
+
     def __str__(self) -> str:
-        """The preset, and what differs from it."""
-        other = [
-            f"{key} {getattr(self, key)}" for key, value in PRESETS[self.preset].items() if getattr(self, key) != value
-        ]
+        """The preset, and what was set beside it."""
+        given = [f"{key} {value}" for key in PRESETS[self.preset] if (value := getattr(self, key)) is not None]
         without = [f"without {', '.join(self.disable)}"] if self.disable else []
-        return ", ".join([f"preset {self.preset}", *other, *without])
+        return ", ".join([f"preset {self.preset}", *given, *without])
 
 
 OWN = tuple(field.name for field in fields(Options))

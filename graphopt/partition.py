@@ -24,7 +24,9 @@ EQUALITY = (torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor)
 # marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
 PREFERRED = "graphopt_preferred"  # a rewrite's mark of what it would rather see saved
 SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
-FREES = "graphopt_frees"  # bytes that a cut would save less if a backward operator read nothing but its gradient
+BYTES_FREED = (
+    "graphopt_bytes_freed"  # bytes that a cut would save less if a backward operator read nothing but its gradient
+)
 
 # pinned whatever the user has set, by their names in torch._functorch.config
 STOCK = {
@@ -85,7 +87,7 @@ def keep(graph: fx.Graph) -> None:
                 compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
-def wishes(gm: fx.GraphModule) -> bool:
+def has_preferred(gm: fx.GraphModule) -> bool:
     """Whether a rewrite has marked what it would rather see saved."""
     return any(PREFERRED in node.meta for node in gm.graph.nodes)
 
@@ -133,12 +135,12 @@ def mark_freed(gm: fx.GraphModule, targets: Container[object], halves: Halves, n
     groups: dict[frozenset[fx.Node], set[fx.Node]] = {}
     for node in gm.graph.nodes:
         if node.target in targets:
-            groups.setdefault(frozenset(node.all_input_nodes[1:]), set()).add(node)  # the first is the gradient
+            groups.setdefault(frozenset(node.all_input_nodes) - {node.args[0]}, set()).add(node)
     for nodes in groups.values():
         live = _inputs_read(backward.graph, {node.name for node in nodes})
         kept = {storage(value) for name, value in saved.items() if name in live}
         for node in nodes:
-            node.meta[FREES] = storage_bytes(value for value in crossed if storage(value) not in kept)
+            node.meta[BYTES_FREED] = storage_bytes(value for value in crossed if storage(value) not in kept)
 
 
 def _inputs_read(backward: fx.Graph, origins: Container[str]) -> set[str]:

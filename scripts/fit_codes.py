@@ -13,7 +13,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -22,20 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphopt.lowering import code_tables
+from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.codes import SCHEMES, Code, count
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "mish": F.mish,
-    "softplus": F.softplus,
-    "elu": F.elu,
-    "selu": F.selu,
-    "hardswish": F.hardswish,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
 PUBLISHED = {"gelu": "REGELU2", "silu": "RESILU2"}  # names in code_tables
 PUBLISHED_INTERVAL = {"gelu": math.sqrt(-2 * math.log(1e-8)), "silu": -2 * math.log(0.5e-8)}
 CLOSE = 1e-8  # how near its asymptotes an activation is where other intervals end
@@ -90,7 +78,7 @@ class Relu3:
     order = 64  # of Gauss-Legendre, on pieces that hold no knot and no kink inside
 
     def __init__(self, name: str) -> None:
-        self.activation = ACTIVATIONS[name]
+        self.activation = ACTIVATIONS[name].function
         ends = float64(-FAR, FAR)
         self.left, at_end = self.activation(ends).tolist()
         self.right = derivative(self.activation, ends)[1].item()
@@ -171,7 +159,7 @@ class Slopes:
     """f'(x) under x ~ N(0, 1), as prefix sums over sorted slopes; x at midpoints of equal steps."""
 
     def __init__(self, name: str) -> None:
-        self.name, activation = name, ACTIVATIONS[name]
+        self.name, activation = name, ACTIVATIONS[name].function
         self.x = (torch.arange(NODES, dtype=torch.float64) + 0.5) * (18 / NODES) - 9
         self.weight = torch.exp(-(self.x**2) / 2)
         self.weight /= self.weight.sum()

@@ -1,13 +1,17 @@
 """Options: misspelt ones say what was meant, Inductor's pass through, the environment stands in for none."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import graphopt
-from graphopt.options import parse
+from graphopt.lowering.codes import SCHEMES
+from graphopt.options import OWN, PRESETS, RECOMPUTE, Options, parse
+from graphopt.passes import NAMES
 
 
 def compile_with(options=None, backend="lowmem_eager"):
@@ -56,3 +60,18 @@ def test_the_environment_is_read_where_no_options_are_given(monkeypatch):
 def test_options_are_equal_whatever_the_order():
     names = ["share_norm", "pack_mask"]
     assert graphopt.Options(disable=names) == graphopt.Options(disable=tuple(reversed(names)))
+
+
+def test_the_readme_names_every_option_preset_and_pass():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    names = [*OWN, *PRESETS, *NAMES, *SCHEMES, *RECOMPUTE]
+    assert not [name for name in names if f"`{name}`" not in text and f'`"{name}"`' not in text]
+
+
+def test_what_is_not_given_follows_the_preset():
+    assert Options().code is None and Options().recomputed == "pointwise"
+    assert Options("paper").code == "relu3" and Options("paper").recomputed == "stock"
+    assert dataclasses.replace(Options(), preset="paper").code == "relu3"
+    assert Options("paper", approx_activation="off").code is None
+    assert Options("paper", approx_activation="lloyd", recompute="pointwise").code == "lloyd"
+    assert str(Options("paper", approx_activation="off")) == "preset paper, approx_activation off"

@@ -64,7 +64,7 @@ SETTINGS = {"dropout": {}, "plain": {"dropout": 0.0}, "lora": {"lora": True}, "a
 @pytest.mark.parametrize("disable", [(), ("share_norm",), ("pack_mask",)], ids=["all", "no share_norm", "no pack_mask"])
 def test_bytes_now_are_what_autograd_keeps(settings, disable):
     model, x = stack(**settings), tokens()
-    report = graphopt.explain(model, x, disable=disable)
+    report = graphopt.explain(model, x, options={"disable": disable})
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="lowmem_eager", options={"disable": list(disable)})
     kept = saved_bytes(lambda: compiled(x).sum(), [*model.parameters(), x])
@@ -220,7 +220,7 @@ def test_a_model_without_gradients_is_refused():
 
 def test_options_are_checked():
     with pytest.raises(graphopt.OptionsError, match="share_norm"):
-        graphopt.explain(nn.Linear(4, 4), torch.randn(2, 4), disable=("share_nrom",))
+        graphopt.explain(nn.Linear(4, 4), torch.randn(2, 4), options={"disable": ["share_nrom"]})
     with pytest.raises(graphopt.OptionsError, match="exact"):
         graphopt.explain(nn.Linear(4, 4), torch.randn(2, 4), preset="exakt")
 

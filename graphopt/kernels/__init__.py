@@ -5,6 +5,12 @@ norm         LayerNorm and RMSNorm to y, z, rstd; dx, dweight, dbias from z
 language     Triton, or what stands in for it where it is not installed
 ops          the operators that run them, torch.ops.graphopt.activation_forward and the like
 
-They run where a model calls those operators in eager mode; the backends spell formulas out instead, and Inductor writes
-the kernels. Where `supports()` answers False, or on another device than CUDA, the reference runs.
+    import graphopt.kernels                                                               # registers the operators
+    y, code = torch.ops.graphopt.activation_forward(x, "gelu", "relu3", None)             # trains in eager mode
+
+They are for models in eager mode and for other compilers. The backends spell formulas out instead and Inductor writes
+the kernels; docs/lowering.md says why. Where `supports()` answers False, or on another device than CUDA, the reference
+runs.
 """
+
+import graphopt.kernels.ops  # noqa: F401

@@ -11,37 +11,17 @@ limit, while f there is what the formula gives: NaN at -inf for those that end i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from graphopt.graph import memory_order
 from graphopt.kernels.language import DTYPES, INSTALLED, jit, tl, triton
+from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.code_tables import CODES
-from graphopt.lowering.codes import BITS, LIMIT, SELU_ALPHA, SELU_SCALE, Code, count, draw, slope
+from graphopt.lowering.codes import BITS, Code, encode, slope
 from graphopt.lowering.formulas import WORD, compute_dtype, pack, unpack
-
-aten = torch.ops.aten
-
-# torch's own f, and f' by its own backward
-FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "gelu": (F.gelu, lambda x: aten.gelu_backward(torch.ones_like(x), x)),
-    "gelu_tanh": (
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda x: aten.gelu_backward(torch.ones_like(x), x, approximate="tanh"),
-    ),
-    "silu": (F.silu, lambda x: aten.silu_backward(torch.ones_like(x), x)),
-    "mish": (F.mish, lambda x: aten.mish_backward(torch.ones_like(x), x)),
-    "softplus": (F.softplus, lambda x: aten.softplus_backward(torch.ones_like(x), x, 1, 20)),
-    "elu": (F.elu, lambda x: aten.elu_backward(torch.ones_like(x), 1, 1, 1, False, x)),
-    "selu": (F.selu, lambda x: aten.elu_backward(torch.ones_like(x), SELU_ALPHA, SELU_SCALE, 1, False, x)),
-    "hardswish": (F.hardswish, lambda x: aten.hardswish_backward(torch.ones_like(x), x)),
-    "tanh": (torch.tanh, lambda x: aten.tanh_backward(torch.ones_like(x), x.tanh())),
-    "sigmoid": (torch.sigmoid, lambda x: aten.sigmoid_backward(torch.ones_like(x), x.sigmoid())),
-}
 
 
 def dense(x: Tensor) -> Tensor:
@@ -54,20 +34,16 @@ def reference_forward(x: Tensor, activation: str, scheme: str, seed: Tensor | No
 
     `seed`: int64, one element, on x's device; read by the scheme "unbiased" only.
     """
-    function, derivative = FUNCTIONS[activation]
-    row, x = CODES[activation][scheme], dense(x)
+    function, derivative = ACTIVATIONS[activation]
+    x = dense(x)
     h = x.to(compute_dtype(x.dtype))
-    y, flat = function(h).to(x.dtype), h.permute(memory_order(x)).reshape(-1)
-    if scheme == "relu3":
-        assert row.thresholds is not None
-        return y, pack(count(flat, row.thresholds), BITS)
-    of_flat = derivative(flat.clamp(-LIMIT, LIMIT))
-    if row.thresholds is not None:
-        code = count(of_flat, row.thresholds)
-    else:
+    flat = h.permute(memory_order(x)).reshape(-1)
+
+    def drawn() -> Tensor:
         assert seed is not None
-        code = draw(of_flat, row.levels, noise(seed, flat.shape[0]).to(flat.dtype))
-    return y, pack(torch.where(flat.isnan(), 0, code), BITS)
+        return noise(seed, flat.shape[0]).to(flat.dtype)
+
+    return function(h).to(x.dtype), pack(encode(flat, derivative, scheme, CODES[activation][scheme], drawn), BITS)
 
 
 def reference_backward(grad: Tensor, code: Tensor, activation: str, scheme: str) -> Tensor:

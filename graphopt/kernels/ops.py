@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import OptionsError
 from graphopt.graph import memory_order
 from graphopt.kernels import activation, norm
+from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.codes import SCHEMES
 
 _require: Callable[[Any, Callable[[], str]], None] = torch._check
@@ -54,9 +54,9 @@ def _define(
 
 
 def _check_names(name: str, scheme: str) -> None:
-    for what, given, allowed in (("activation", name, tuple(activation.FUNCTIONS)), ("scheme", scheme, SCHEMES)):
+    for what, given, allowed in (("activation", name, tuple(ACTIVATIONS)), ("scheme", scheme, SCHEMES)):
         if given not in allowed:
-            raise OptionsError(f"{what} {given!r} is not one of {', '.join(map(repr, allowed))}")
+            raise ValueError(f"{what} {given!r} is not one of {', '.join(map(repr, allowed))}")
 
 
 def _check_activation(x: Tensor, name: str, scheme: str, seed: Tensor | None) -> None:

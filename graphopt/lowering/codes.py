@@ -12,6 +12,7 @@ The rows are in `code_tables.py`; `scripts/fit_codes.py` finds them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,7 +22,6 @@ from torch import Tensor
 SCHEMES = ("relu3", "unbiased", "lloyd")
 BITS = 2
 LIMIT = 1e4  # past it every f' has reached its limit; at infinity the formulas give inf * 0
-SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
 class Code(NamedTuple):
@@ -29,6 +29,21 @@ class Code(NamedTuple):
 
     levels: tuple[float, float, float, float]
     thresholds: tuple[float, float, float] | None = None
+
+
+def encode(
+    x: Tensor, derivative: Callable[[Tensor], Tensor], scheme: str, row: Code, noise: Callable[[], Tensor]
+) -> Tensor:
+    """int32 of x's shape: the code of every element under one scheme; 0 for NaN.
+
+    `derivative` gives f' of x; `noise` is called where the scheme draws and gives uniform numbers in [0, 1), of x's
+    shape.
+    """
+    if scheme == "relu3" and row.thresholds is not None:
+        return count(x, row.thresholds)
+    # some formulas give a slope for NaN
+    slopes = torch.where(x.isnan(), x, derivative(x.clamp(-LIMIT, LIMIT)))
+    return draw(slopes, row.levels, noise()) if row.thresholds is None else count(slopes, row.thresholds)
 
 
 def count(value: Tensor, thresholds: tuple[float, float, float]) -> Tensor:

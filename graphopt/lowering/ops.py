@@ -6,11 +6,6 @@ Inductor sees a graph; under `lowmem_eager` the reference runs as it stands.
     rms_norm            y = x * rstd * weight, rstd = rsqrt(mean(x^2) + eps); y in x's dtype, rstd in float32
     rms_norm_backward   dx, dweight; an output that `mask` leaves out is empty
     pack, unpack        small integers <-> one or two bits an element, 16 to a word
-
-Those that have kernels of their own, to be called in eager mode, are in `graphopt.kernels.ops`:
-
-    activation_forward, activation_backward   y and a code of f'(x); dx from the code
-    norm_forward, norm_backward               y, z, rstd; dx, dweight, dbias from z
 """
 
 from __future__ import annotations
@@ -21,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import graphopt.kernels.ops  # noqa: F401  (registers the operators with kernels)
 from graphopt.lowering import formulas
 
 _library = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]

@@ -18,22 +18,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 from torch import Tensor, fx
-from torch._inductor.fx_passes.replace_random import fuse_seed_creation_pass
-from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import fake_mode, hint, in_backward, in_checkpoint, memory_order, splice
+from graphopt.graph import hint, in_backward, in_checkpoint, memory_order, splice
 from graphopt.lowering import ops  # noqa: F401  (registers the operators named below)
+from graphopt.lowering.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE
 from graphopt.lowering.code_tables import CODES
-from graphopt.lowering.codes import BITS, LIMIT, SELU_ALPHA, SELU_SCALE, Code, count, draw, slope
+from graphopt.lowering.codes import BITS, Code, encode, slope
 from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.formulas import WORD, WORDS, compute_dtype
-from graphopt.partition import FREES
+from graphopt.lowering.random import fuse_seeds, uniform
+from graphopt.partition import BYTES_FREED
 from graphopt.pipeline import fired, left_alone
 
-aten, own, prims = torch.ops.aten, torch.ops.graphopt, torch.ops.prims
+aten, own = torch.ops.aten, torch.ops.graphopt
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,27 @@ class Slope:
     scale: float = 1.0
     of_output: bool = False
 
+    @property
+    def numel(self) -> int:
+        return hint(self.read.meta["val"].numel())
+
     def derivative(self, read: Tensor) -> Tensor:
-        """f' in the compute dtype, by the operator's own backward."""
-        read = read.to(compute_dtype(read.dtype)).clamp(-LIMIT, LIMIT)
+        """f' of what backward reads, by the operator's own backward."""
         given = {self.node.args[0]: torch.ones_like(read), self.read: read}
         args = fx.map_arg(self.node.args, lambda node: given[node])
         return self.node.target(*args, **self.node.kwargs)  # type: ignore[no-any-return, operator]
+
+    def row(self, scheme: str) -> Code:
+        """Levels, and thresholds of what backward reads: of scale * x, or of f(x), which grows with x."""
+        row = CODES[self.name][scheme]
+        if scheme != "relu3" or row.thresholds is None:
+            return row
+        with unset_fake_temporarily():
+            thresholds = torch.tensor(row.thresholds, dtype=torch.float64) / self.scale
+            if self.of_output:
+                thresholds = ACTIVATIONS[self.name].function(thresholds)
+            low, middle, high = thresholds.tolist()
+        return row._replace(thresholds=(low, middle, high))
 
 
 def _elu(node: fx.Node) -> Slope | None:
@@ -78,7 +93,7 @@ def _named(name: str, of_output: bool = False) -> Callable[[fx.Node], Slope]:
     return lambda node: Slope(node, node.args[1], name, of_output=of_output)  # type: ignore[arg-type]
 
 
-ACTIVATIONS: dict[object, Callable[[fx.Node], Slope | None]] = {
+SLOPES: dict[object, Callable[[fx.Node], Slope | None]] = {
     aten.gelu_backward.default: _gelu,
     aten.silu_backward.default: _named("silu"),
     aten.mish_backward.default: _named("mish"),
@@ -87,13 +102,6 @@ ACTIVATIONS: dict[object, Callable[[fx.Node], Slope | None]] = {
     aten.elu_backward.default: _elu,
     aten.tanh_backward.default: _named("tanh", of_output=True),
     aten.sigmoid_backward.default: _named("sigmoid", of_output=True),
-}
-# f, for the thresholds of x of those that read f(x)
-FUNCTIONS: dict[str, Callable[[float], float]] = {
-    "tanh": math.tanh,
-    "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
-    "elu": lambda x: x if x > 0 else math.expm1(x),
-    "selu": lambda x: SELU_SCALE * (x if x > 0 else SELU_ALPHA * math.expm1(x)),
 }
 
 
@@ -107,70 +115,62 @@ def approx_activation(
     """
     graph = gm.graph
     backward = in_backward(graph)
-    marked = any(FREES in node.meta for node in graph.nodes)
-    for node in [node for node in graph.nodes if node.target in ACTIVATIONS]:
-        found = ACTIVATIONS[node.target](node)
+    for node in [node for node in graph.nodes if node.target in SLOPES]:
+        found = SLOPES[node.target](node)
         if found is None or not found.read.meta["val"].is_floating_point():
             left_alone(node, "no code is known for an activation with these settings")
             continue
-        code = math.ceil(hint(found.read.meta["val"].numel()) / WORD) * WORDS[BITS].itemsize
-        frees = node.meta.get(FREES, 0) if marked else code + 1
+        code, freed = math.ceil(found.numel / WORD) * WORDS[BITS].itemsize, node.meta.get(BYTES_FREED)
         if any(in_checkpoint(each) for each in (found.read, *found.read.users)):
             left_alone(node, "its region is checkpointed and recomputed as a whole")
-        elif frees == 0:
+        elif freed == 0:
             left_alone(node, "what it reads is kept anyway: a code would come on top")
-        elif frees <= code:
-            left_alone(node, f"a code of {code} bytes would free {frees}")
+        elif freed is not None and freed <= code:
+            left_alone(node, f"a code of {code} bytes would free {freed}")
         else:
-            _encode(graph, found, scheme, backward)
+            _rewrite(graph, found, scheme, backward)
             fired(node, f"its gradient is approximate: backward has its slope from 2 bits ({scheme})")
-    with V.set_fake_mode(fake_mode(graph)):
-        fuse_seed_creation_pass(graph)
+    if scheme == "unbiased":
+        fuse_seeds(gm)
     graph.eliminate_dead_code()
     gm.recompile()
     return gm
 
 
-def _encode(graph: fx.Graph, found: Slope, scheme: str, backward: set[fx.Node]) -> None:
-    row = CODES[found.name][scheme]
-    order = memory_order(found.read.meta["val"])  # a view of dx may follow, so it gets the strides it had
+def _rewrite(graph: fx.Graph, found: Slope, scheme: str, backward: set[fx.Node]) -> None:
+    row, value = found.row(scheme), found.read.meta["val"]
+    order = memory_order(value)  # a view of dx may follow, so it gets the strides it had
+    back = [order.index(dim) for dim in range(value.dim())]
+    # where Inductor falls back to torch's random numbers it takes them whole
     table = {op: rule for op, rule in inductor_table().items() if op is not aten.rand.default}
 
-    def encode(read: Tensor) -> Tensor:
-        return own.pack(_code(found, scheme, row, read).permute(order), BITS)  # type: ignore[no-any-return]
+    def forward(read: Tensor) -> Tensor:
+        read = read.to(compute_dtype(read.dtype))
+        code = encode(read, found.derivative, scheme, row, lambda: uniform(read))
+        return own.pack(code.permute(order), BITS)  # type: ignore[no-any-return]
 
-    def decode(grad: Tensor, words: Tensor) -> Tensor:
-        dtype, back = compute_dtype(grad.dtype), [order.index(dim) for dim in range(grad.dim())]
+    def gradient(grad: Tensor, words: Tensor) -> Tensor:
+        dtype = compute_dtype(grad.dtype)
         code = own.unpack(words, grad.permute(order).shape, BITS, torch.int32).permute(back)
         return (grad.to(dtype) * slope(code, row.levels, dtype)).to(found.node.meta["val"].dtype)
 
-    forward = [found.read] if found.of_output else [user for user in found.read.users if user not in backward]
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    words = splice(
-        graph, first if found.read.op == "placeholder" else found.read.next, encode, (found.read,),
-        like=(*forward, found.read)[0], decompositions=table,
-    )  # fmt: skip
+    words = splice(graph, _after(found.read), forward, (found.read,), like=_forward_node(found, backward),
+                   decompositions=table)  # fmt: skip
     words.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # drawn once, whatever may be recomputed
-    grad = splice(graph, found.node, decode, (found.node.args[0], words), like=found.node, decompositions=table)
-    found.node.replace_all_uses_with(grad)
+    dx = splice(graph, found.node, gradient, (found.node.args[0], words), like=found.node, decompositions=table)
+    found.node.replace_all_uses_with(dx)
     graph.erase_node(found.node)
 
 
-def _code(found: Slope, scheme: str, row: Code, read: Tensor) -> Tensor:
-    """int32 of read's shape: the code of every element under one scheme."""
-    if row.thresholds is not None and scheme == "relu3":
-        of_read = FUNCTIONS[found.name] if found.of_output else lambda x: x
-        low, middle, high = (of_read(threshold / found.scale) for threshold in row.thresholds)
-        return count(read.to(compute_dtype(read.dtype)), (low, middle, high))
-    derivative = found.derivative(read)
-    if row.thresholds is not None:
-        return count(derivative, row.thresholds)
-    return draw(derivative, row.levels, _noise(derivative))
+def _after(node: fx.Node) -> fx.Node:
+    """Where a reader of `node` may stand first; inputs come before all else."""
+    if node.op != "placeholder":
+        return node.next
+    return next(each for each in node.graph.nodes if each.op != "placeholder")  # type: ignore[no-any-return]
 
 
-def _noise(like: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) of like's shape, as Inductor draws them: from a seed, within the kernel that reads."""
-    if inductor_config.fallback_random:
-        return torch.rand(like.shape, device=like.device)
-    seed = prims.inductor_seed(like.device)
-    return prims.inductor_random(like.shape, seed, "rand")  # type: ignore[no-any-return]
+def _forward_node(found: Slope, backward: set[fx.Node]) -> fx.Node:
+    """The activation in forward, which a code belongs to; what it reads where that is all that is left of it."""
+    if found.of_output:
+        return found.read
+    return next((user for user in found.read.users if user not in backward), found.read)

@@ -11,12 +11,12 @@ Nothing of the model is executed, and nothing but torch is needed, except by plo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.options import Options
+from graphopt.options import Options, parse
 from graphopt.pipeline import PassRecord
 from graphopt.report.grouping import Pair, matched
 from graphopt.tracer import SavedTensor, capture
@@ -93,18 +93,17 @@ class Report:
 def explain(
     model: Callable[..., Any],
     *inputs: Any,
-    preset: str = "exact",
-    approx_activation: str | None = None,
-    recompute: str | None = None,
-    disable: Iterable[str] = (),
+    preset: str | None = None,
+    options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Trace one training step of `model(*inputs, **kwargs)`, without running it, and report what it saves.
 
-    `preset`, `approx_activation`, `recompute` and `disable` are those of `Options`. Under FakeTensorMode any size of
-    model will do. Raises OptionsError, and CaptureError as `capture` does.
+    `options` are those of torch.compile, `preset` one of them; without any, those of the environment are taken. Under
+    FakeTensorMode any size of model will do. Raises OptionsError, and CaptureError as `capture` does.
     """
-    options = Options(preset, approx_activation, recompute, tuple(disable))
+    given = {**({"preset": preset} if preset else {}), **(options or {})}
+    own, _ = parse(given or None)
     captured = capture(model, *inputs, **kwargs)
-    now, records = captured.lowmem(options)
-    return Report(captured.saved, now, records, options)
+    now, records = captured.lowmem(own)
+    return Report(captured.saved, now, records, own)

@@ -8,16 +8,15 @@ from rounding import UNIT, within
 
 from graphopt.kernels import activation
 from graphopt.kernels.activation import (
-    FUNCTIONS,
-    LIMIT,
     backward,
     forward,
     noise,
     reference_backward,
     reference_forward,
 )
+from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.code_tables import CODES
-from graphopt.lowering.codes import SCHEMES, slope
+from graphopt.lowering.codes import LIMIT, SCHEMES, slope
 from graphopt.lowering.formulas import unpack
 
 # numpy speaks up where the interpreter overflows as the GPU does
@@ -53,7 +52,7 @@ def check_codes(words, x, name, scheme, seed):
         edges = torch.tensor(row.thresholds, dtype=torch.float32, device=x.device).double()
         place, error = (wide.unsqueeze(-1) > edges).sum(-1).double() + 0.5, torch.zeros_like(error)
     else:
-        of_x = FUNCTIONS[name][1](wide.clamp(-LIMIT, LIMIT))
+        of_x = ACTIVATIONS[name][1](wide.clamp(-LIMIT, LIMIT))
         if scheme == "lloyd":
             edges = torch.tensor(row.thresholds, dtype=torch.float64, device=x.device)
             place = (of_x.unsqueeze(-1) > edges).sum(-1).double() + 0.5
@@ -75,15 +74,15 @@ def check_codes(words, x, name, scheme, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_forward_equals_float64(name, scheme, dtype, device):
     x, seed = sample(5, 229, dtype=dtype, device=device), seeded(device)
     y, words = forward(x, name, scheme, seed)
-    within(y, FUNCTIONS[name][0](x.double()), OPERATIONS * UNIT * (1 + x.double().abs()), dtype)
+    within(y, ACTIVATIONS[name][0](x.double()), OPERATIONS * UNIT * (1 + x.double().abs()), dtype)
     check_codes(words, x, name, scheme, seed)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_threshold_belongs_to_the_code_below(name, device):
     edges = torch.tensor(CODES[name]["relu3"].thresholds, dtype=torch.float32, device=device)
     x = torch.stack([edges, edges.nextafter(torch.full_like(edges, math.inf))])
@@ -92,11 +91,11 @@ def test_a_threshold_belongs_to_the_code_below(name, device):
     assert (expected[1] == torch.arange(1, 4, device=device)).all()
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("softplus", "sigmoid")])
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name not in ("softplus", "sigmoid")])
 def test_small_inputs_keep_their_digits(name, device):
     x = torch.logspace(-30, -1, 333, device=device)
     x = torch.cat([x, -x])
-    expected = FUNCTIONS[name][0](x.double())
+    expected = ACTIVATIONS[name][0](x.double())
     within(forward(x, name, "relu3")[0], expected, OPERATIONS * UNIT * expected.abs(), torch.float32)
 
 
@@ -148,7 +147,7 @@ def test_any_layout(layout, device):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_nan_and_infinity(name, scheme, device):
     x = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, LIMIT, -LIMIT] * 40, device=device)
     y, words = forward(x, name, scheme, seeded(device))
@@ -162,7 +161,9 @@ def test_nan_and_infinity(name, scheme, device):
     at_inf = 1.0 if name in ("tanh", "sigmoid") else math.inf
     at_minus_inf = {"softplus": 0.0, "elu": -1.0, "selu": -1.7580993, "tanh": -1.0, "sigmoid": 0.0}.get(name, math.nan)
     torch.testing.assert_close(y[:3].cpu(), torch.tensor([math.nan, at_inf, at_minus_inf]), equal_nan=True)
-    torch.testing.assert_close(y[3:5].cpu().double(), FUNCTIONS[name][0](x[3:5].cpu().double()), atol=1e-30, rtol=1e-6)
+    torch.testing.assert_close(
+        y[3:5].cpu().double(), ACTIVATIONS[name][0](x[3:5].cpu().double()), atol=1e-30, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["gelu", "sigmoid", "selu"])
@@ -172,7 +173,7 @@ def test_drawn_slopes_have_the_derivative_as_mean(name, device):
     levels = torch.tensor(CODES[name]["unbiased"].levels, dtype=torch.float64, device=device)
     _, words = forward(points.expand(draws, -1), name, "unbiased", seeded(device, 11))
     drawn = levels[codes(words, points.expand(draws, -1).contiguous()).long()]
-    expected = FUNCTIONS[name][1](points.double())
+    expected = ACTIVATIONS[name][1](points.double())
     above = torch.searchsorted(levels, expected).clamp(1, 3)
     # two values, low and high with mean d, have variance (high - d)(d - low)
     deviation = ((levels[above] - expected) * (expected - levels[above - 1])).clamp(min=0).sqrt()

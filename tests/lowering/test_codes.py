@@ -24,7 +24,7 @@ def normal(name):
     """(weight, f'(x)) of x ~ N(0, 1) on steps of 1.5e-5: no step has more mass than 6e-6."""
     x = (torch.arange(1_200_000, dtype=torch.float64) + 0.5) * 1.5e-5 - 9
     weight = torch.exp(-(x**2) / 2)
-    return weight / weight.sum(), fit_codes.derivative(fit_codes.ACTIVATIONS[name], x)
+    return weight / weight.sum(), fit_codes.derivative(fit_codes.ACTIVATIONS[name].function, x)
 
 
 @every_activation
@@ -85,7 +85,7 @@ def test_the_table_is_what_the_script_finds(name):
 @every_activation
 def test_relu3_slopes_integrate_to_the_activation(name):
     levels, thresholds = CODES[name]["relu3"]
-    left, right = fit_codes.ACTIVATIONS[name](torch.tensor([-60.0, 60.0], dtype=torch.float64)).tolist()
+    left, right = fit_codes.ACTIVATIONS[name].function(torch.tensor([-60.0, 60.0], dtype=torch.float64)).tolist()
     edges = (-60.0, *thresholds, 60.0)
     total = sum(level * (high - low) for level, (low, high) in zip(levels, pairwise(edges)))
     # levels are rounded to 5e-10 on at most 9, thresholds to 5e-9 where the slope steps by at most 1.2
@@ -134,7 +134,7 @@ def test_drawn_slopes_have_the_derivative_as_their_mean(name, noise):
 def test_levels_span_the_derivative(name):
     # the kinks of selu and hardswish hold their largest slopes
     x = torch.cat([torch.linspace(-30, 30, 100_001), torch.tensor([-3.0, 0.0, 3.0])])
-    slopes = fit_codes.derivative(fit_codes.ACTIVATIONS[name], x.double())
+    slopes = fit_codes.derivative(fit_codes.ACTIVATIONS[name].function, x.double())
     low, *_, high = torch.tensor(CODES[name]["unbiased"].levels, dtype=torch.float32).double()
     assert low <= slopes.min() and slopes.max() <= high
     # steps of 6e-4 miss an extreme by |f'''| * (3e-4)^2 / 2 < 5e-8 |f'''|, and float32 near one has steps of 1.2e-7
