@@ -110,7 +110,7 @@ ACTIVATION_VARIANTS = (
     Variant("exact"),
     *(Variant(f"fused {scheme}", options={"approx_activation": scheme}) for scheme in SCHEMES),
     *(
-        Variant(f"kernel {scheme}", options={"approx_activation": scheme}, instead={"CODES": (kernel_codes,)})
+        Variant(f"kernel {scheme}", options={"approx_activation": scheme}, instead={"APPROXIMATE": (kernel_codes,)})
         for scheme in ("relu3", "unbiased")
     ),
 )
