@@ -154,9 +154,45 @@ def _norms(rows: list[Row], half: str, what: str) -> str:
     return _markdown(["norm", *sizes], lines)
 
 
+def render_codes(results: Row) -> str:
+    """One table: a row for each activation and depth, the schemes side by side."""
+    rows = {(row["activation"], row["blocks"], row["scheme"]): row for row in results["rows"]}
+    schemes = list(dict.fromkeys(scheme for _, _, scheme in rows))
+    lines = [["network", *(f"`{scheme}`" for scheme in schemes)], ["---"] * (len(schemes) + 1)]
+    for activation, blocks in dict.fromkeys((activation, blocks) for activation, blocks, _ in rows):
+        found = (rows[activation, blocks, scheme] for scheme in schemes)
+        cells = (f"{row['error']:.3f} / {row['error_of_mean']:.3f} / {row['cosine']:.4f}" for row in found)
+        lines.append([f"{activation}, {blocks} {'block' if blocks == 1 else 'blocks'}", *cells])
+    return (
+        f"ViT blocks with LoRA on qkv, all else frozen, {results['dtype']}, {results['tokens']} tokens, width "
+        f"{results['width']}, torch {results['torch']}: relative error of the gradient in one step / of the mean over "
+        f"{results['draws']} draws / cosine with the exact gradient of one step.\n\n"
+        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    )
+
+
+def render_cubins(results: Row) -> str:
+    """One table: registers of each kernel over its dtypes, sizes and activations, and what they spill."""
+    kernels: dict[str, dict[str, list[Row]]] = {}
+    for row in results["rows"]:
+        kernels.setdefault(row["kernel"], {}).setdefault(row["arch"], []).append(row)
+    archs = sorted({row["arch"] for row in results["rows"]})
+    lines = [["kernel", *(f"registers, {arch}" for arch in archs), "builds", "bytes spilled"]]
+    lines.append(["---"] * len(lines[0]))
+    for kernel, by_arch in kernels.items():
+        registers = [[row["registers"] for row in by_arch[arch]] for arch in archs]
+        rows = [row for arch in archs for row in by_arch[arch]]
+        spilled = sum(row["spill_stores"] + row["spill_loads"] for row in rows)
+        ranges = [f"{min(each)} to {max(each)}" for each in registers]
+        lines.append([f"`{kernel}`", *ranges, str(len(rows)), str(spilled)])
+    return f"Triton {results['triton']}.\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 PLACES = (
     Place("README.md", "results", "blocks*.json", render_blocks),
     Place("docs/lowering.md", "traffic", "traffic*.json", render_traffic),
+    Place("docs/lowering.md", "cubins", "cubins.json", render_cubins),
+    Place("docs/codes.md", "codes", "codes.json", render_codes),
 )
 
 

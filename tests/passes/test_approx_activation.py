@@ -102,9 +102,10 @@ def test_the_gradient_is_that_of_the_step_function(name, scheme, dtype):
     exact.load_state_dict(model.state_dict())
     _, expected, _ = step(exact, (x.double(),), backend=None)
     # y, dy and dx are rounded once each, and so is every weight gradient, a sum in float32: the errors of single
-    # elements are at most eps / 2 and largely independent, so the norm's is less than 2 eps. A slope on a threshold,
-    # which float32 may see on its other side, is no more likely than eps an element.
-    assert distance(gradients, expected) < 2 * torch.finfo(dtype).eps + 2e-5 * (dtype == torch.float32)
+    # elements are at most eps / 2 and largely independent, so the norm's is less than 2 eps. In float32 the matrix
+    # products' own sums of 48 and 64 terms add as much again and more. x is exact, so no slope is on another side of
+    # its threshold; an f' computed in float32 is, with a chance of about 1e-6 an element.
+    assert distance(gradients, expected) < (2 if dtype.itemsize == 2 else 16) * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", ["gelu", "silu", "tanh", "selu"])
@@ -230,49 +231,46 @@ def test_a_sharper_softplus_has_the_code_of_what_it_is_a_scaled_copy_of():
         assert distance(sharp, scaled) < 1e-6  # float32: a matrix product's rounding
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [(3, 5), (1, 197), (31, 7)])
-def test_sizes_that_are_no_multiple_of_a_word(shape, scheme):
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(shape[-1], shape[-1]))
-
-        def forward(self, x):
-            return F.gelu(x @ self.weight)
-
-    x = torch.randn(shape)
-    _, gradients, saved = step(Odd(), (x,), options={"approx_activation": scheme})
-    assert saved in (-(-x.numel() // 16) * 4, x.numel() * 4)
-    assert all(gradient.isfinite().all() for gradient in gradients.values())
+@pytest.mark.parametrize("scheme", ["relu3", "lloyd"])
+@pytest.mark.parametrize("tokens", [1, 3, 15, 17, 31])
+def test_sizes_that_are_no_multiple_of_a_word(tokens, scheme):
+    model, x = Net(), torch.randn(tokens, WIDTH + 1)
+    model.first, model.second = nn.Linear(WIDTH + 1, 7), nn.Linear(7, 3).requires_grad_(False)
+    _, gradients, saved = step(model, (x,), options={"approx_activation": scheme})
+    assert saved == -(-tokens * 7 // 16) * 4
+    model.function = step_function("gelu", scheme, torch.float32)
+    _, expected, _ = step(model.double(), (x.double(),), backend=None)
+    assert distance(gradients, expected) < 1e-6  # float32: matrix products of 49 terms
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["relu3", "lloyd"])
 def test_a_code_comes_back_with_the_strides_of_what_it_codes(scheme):
     """Attention heads and channels-last images: a view of dx follows, which other strides would break."""
+    function = step_function("silu", scheme, torch.float32)
 
     class Permuted(nn.Module):
         def __init__(self):
             super().__init__()
-            self.qkv = nn.Linear(16, 48)
+            self.qkv, self.function = nn.Linear(16, 48), F.silu
 
         def forward(self, x):
-            return F.silu(self.qkv(x).view(2, 8, 3, 4, 4).permute(2, 0, 3, 1, 4)).sum(0)
+            return self.function(self.qkv(x).view(2, 8, 3, 4, 4).permute(2, 0, 3, 1, 4)).sum(0)
 
     class Images(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3).requires_grad_(False)
+            self.first, self.function = nn.Conv2d(3, 8, 3), F.silu
 
         def forward(self, x):
-            return self.second(F.silu(self.first(x)))
+            return self.function(self.first(x)).mean(1)
 
     images = torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
     for model, x in ((Permuted(), torch.randn(2, 8, 16)), (Images(), images)):
-        _, exact, _ = step(model, (x,))
-        _, gradients, _ = step(model, (x,), options={"approx_activation": scheme})
-        # a permuted code would leave nothing in common: the errors of codes are a fraction of the gradient
-        assert distance(gradients, exact) < 0.7
+        _, gradients, saved = step(model, (x,), options={"approx_activation": scheme})
+        assert saved < 2 * x.numel()
+        model.function = function
+        _, expected, _ = step(model.double(), (x.double(),), backend=None)
+        assert distance(gradients, expected) < 1e-6  # float32: sums of at most 200 terms
 
 
 def test_dynamic_shapes():
