@@ -86,11 +86,12 @@ def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     import torch._inductor.config as inductor_config
 
     given = dict(options) if options is not None else _environment()
+    given = {key.replace("-", "_") if isinstance(key, str) else key: value for key, value in given.items()}
     own = {key: given.pop(key) for key in OWN if key in given}
     known = inductor_config.get_config_copy() if given else {}
     patches: dict[str, Any] = {}
     for key, value in given.items():
-        name = str(key).replace("-", "_")
+        name = str(key)
         if name not in known:
             raise OptionsError(_unknown(str(key), list(known)))
         expected = inductor_config.get_type(name)  # type: ignore[attr-defined]

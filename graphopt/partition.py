@@ -24,9 +24,7 @@ EQUALITY = (torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor)
 # marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
 PREFERRED = "graphopt_preferred"  # a rewrite's mark of what it would rather see saved
 SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
-BYTES_FREED = (
-    "graphopt_bytes_freed"  # bytes that a cut would save less if a backward operator read nothing but its gradient
-)
+CUT = "graphopt_cut"  # in the meta of a joint graph that is not decomposed yet: a Cut of it
 
 # pinned whatever the user has set, by their names in torch._functorch.config
 STOCK = {
@@ -122,37 +120,36 @@ def mark(gm: fx.GraphModule, halves: Halves, num_fwd_outputs: int) -> None:
             node.meta[IN_BACKWARD] = True
 
 
-def mark_freed(gm: fx.GraphModule, targets: Container[object], halves: Halves, num_fwd_outputs: int) -> None:
-    """Mark operators of backward, in the joint graph before it was decomposed, with what their reading costs in a cut.
+class Cut:
+    """What a cut saves, and for whom."""
 
-    That is what need not be saved if they read their gradient alone; operators that read the same are marked with what
-    they cost together.
-    """
-    forward, backward = halves
-    outputs: Sequence[Any] = forward.graph.output_node().args[0]  # type: ignore[assignment]
-    saved = {node.name: node.meta["val"] for node in outputs[num_fwd_outputs:] if tensor(node) is not None}
-    crossed = [node.meta["val"] for node in crossing(forward, num_fwd_outputs)]
-    groups: dict[frozenset[fx.Node], set[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        if node.target in targets:
-            groups.setdefault(frozenset(node.all_input_nodes) - {node.args[0]}, set()).add(node)
-    for nodes in groups.values():
-        live = _inputs_read(backward.graph, {node.name for node in nodes})
-        kept = {storage(value) for name, value in saved.items() if name in live}
-        for node in nodes:
-            node.meta[BYTES_FREED] = storage_bytes(value for value in crossed if storage(value) not in kept)
+    def __init__(self, halves: Halves, num_fwd_outputs: int) -> None:
+        forward, backward = halves
+        outputs: Sequence[Any] = forward.graph.output_node().args[0]  # type: ignore[assignment]
+        values = [(node.name, value) for node in outputs if (value := tensor(node)) is not None]
+        self.users = {storage(value) for node in outputs[:num_fwd_outputs] if (value := tensor(node)) is not None}
+        self.saved = values
+        self.crossing = [node.meta["val"] for node in crossing(forward, num_fwd_outputs)]
+        self.backward, self.after = backward.graph, after_tangents(backward.graph)
 
+    def bytes_freed(self, origins: Container[str]) -> int:
+        """What would not be saved if all that spells out `origins`, operators of backward, read gradients alone.
 
-def _inputs_read(backward: fx.Graph, origins: Container[str]) -> set[str]:
-    """The names of what a backward graph reads, if all that spells out `origins` reads what tangents reach alone."""
-    after, found, queue = after_tangents(backward), set[fx.Node](), [backward.output_node()]
-    while queue:
-        node = queue.pop()
-        for each in node.all_input_nodes:
-            if each not in found and (each in after or node.meta.get(ORIGIN) not in origins):
-                found.add(each)
-                queue.append(each)
-    return {node.name for node in found if node.op == "placeholder"}
+        What the user is given lives on in any case.
+        """
+        live = self._inputs_read(origins)
+        kept = self.users | {storage(value) for name, value in self.saved if name in live}
+        return storage_bytes(value for value in self.crossing if storage(value) not in kept)
+
+    def _inputs_read(self, origins: Container[str]) -> set[str]:
+        found, queue = set[fx.Node](), [self.backward.output_node()]
+        while queue:
+            node = queue.pop()
+            for each in node.all_input_nodes:
+                if each not in found and (each in self.after or node.meta.get(ORIGIN) not in origins):
+                    found.add(each)
+                    queue.append(each)
+        return {node.name for node in found if node.op == "placeholder"}
 
 
 def crossing_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:

@@ -16,19 +16,9 @@ from torch import fx
 
 from graphopt import passes
 from graphopt.graph import copy
-from graphopt.lowering.decompose import ACTIVATION_BACKWARD, decompose
+from graphopt.lowering.decompose import decompose
 from graphopt.options import Options
-from graphopt.partition import (
-    HEURISTICS,
-    STOCK,
-    Halves,
-    crossing_bytes,
-    cut,
-    has_preferred,
-    mark,
-    mark_freed,
-    prefer,
-)
+from graphopt.partition import CUT, HEURISTICS, STOCK, Cut, Halves, crossing_bytes, cut, has_preferred, mark, prefer
 from graphopt.pipeline import Pass, PassRecord, bind, run, take_back
 
 
@@ -78,9 +68,9 @@ def split(
         take_back(records, "the graph as it was can be cut for fewer bytes")
 
     if options.code is not None:
-        mark_freed(best.canonical, ACTIVATION_BACKWARD, best.halves, outputs)
-        codes = [bind(each, scheme=options.code) for each in passes.APPROXIMATE]
-        best = if_it_pays(best, copy(best.canonical), codes)
+        gm = copy(best.canonical)
+        gm.meta[CUT] = Cut(best.halves, outputs)
+        best = if_it_pays(best, gm, [bind(each, scheme=options.code) for each in passes.APPROXIMATE])
     mark(best.decomposed, best.halves, outputs)
     best = if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT)
     return *best.halves, records

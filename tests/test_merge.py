@@ -561,3 +561,41 @@ def test_lowmem_gives_a_merged_model_the_same_gradients():
 
 def test_public_names_are_there():
     assert {"merge_norm_affine", "unmerge_norm_affine", "MergeError"} <= set(graphopt.__all__)
+
+
+class Flattened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(48, 8)
+
+    def forward(self, x):
+        return self.linear(self.norm(x).view(2, -1))
+
+
+def expanded() -> nn.Module:
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8))
+    model[0].weight = nn.Parameter(torch.full((1,), 2.0).expand(16))
+    return model
+
+
+def inference() -> nn.Module:
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8))
+    with torch.inference_mode():
+        model[0].weight = nn.Parameter(torch.full((16,), 2.0), requires_grad=False)
+    return model
+
+
+def named() -> nn.Module:
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8))
+    model[0].merged_bias = 1
+    return model
+
+
+@pytest.mark.parametrize("build", [Flattened, expanded, inference, named])
+def test_what_torch_would_stop_half_way_is_refused_first(build):
+    model = build()
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    with pytest.raises(graphopt.MergeError, match="exclude="):
+        graphopt.merge_norm_affine(model, torch.randn(2, 3, 16))
+    assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+    graphopt.merge_norm_affine(model, torch.randn(2, 3, 16), exclude=["norm" if build is Flattened else "0"])

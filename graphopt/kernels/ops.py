@@ -71,6 +71,7 @@ def _check_activation(x: Tensor, name: str, scheme: str, seed: Tensor | None) ->
 
 def _check_code(grad: Tensor, code: Tensor, name: str, scheme: str) -> None:
     _check_names(name, scheme)
+    _require(grad.is_floating_point(), lambda: f"activation_backward: grad is {grad.dtype}, not floating point")
     words = activation.words(grad.numel())
     _require(
         (code.dtype, code.dim(), code.device) == (torch.int32, 1, grad.device) and code.shape[0] == words,
@@ -78,10 +79,11 @@ def _check_code(grad: Tensor, code: Tensor, name: str, scheme: str) -> None:
     )
 
 
-def _check_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, *_: Any) -> None:
+def _check_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, *rest: Any) -> None:
     # kernels read as many elements as these shapes promise
     expected = tuple(shape)
     _require(x.is_floating_point(), lambda: f"norm_forward: x is {x.dtype}, not floating point")
+    _require(rest[-1].is_floating_point, lambda: f"norm_forward: z_dtype is {rest[-1]}, not floating point")
     _require(
         len(expected) > 0 and tuple(x.shape[-len(expected) :]) == expected,
         lambda: f"norm_forward: normalized_shape {expected} is not the end of x's shape {tuple(x.shape)}",
@@ -160,6 +162,12 @@ def _differentiate_norm(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | No
     return dx, None, dweight if mask[0] else None, dbias if mask[1] else None, None, None, None
 
 
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "graphopt's operators have no second derivative: double backward (create_graph) is not supported"
+    )
+
+
 _define(
     "activation_forward(Tensor x, str activation, str scheme, Tensor? seed) -> (Tensor y, Tensor code)",
     check=_check_activation,
@@ -200,3 +208,5 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "graphopt::norm_forward", _differentiate_norm, setup_context=_save_normalised, lib=_library
 )
+for name in ("activation_backward", "norm_backward"):
+    torch.library.register_autograd(f"graphopt::{name}", _no_double_backward, lib=_library)

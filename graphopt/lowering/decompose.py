@@ -14,16 +14,12 @@ from graphopt.lowering import formulas, ops
 
 aten, own = torch.ops.aten, torch.ops.graphopt
 
-# of the form dx = dy * f'(x)
-ACTIVATION_BACKWARD = (
-    aten.gelu_backward.default, aten.silu_backward.default, aten.mish_backward.default,
-    aten.hardswish_backward.default, aten.softplus_backward.default, aten.elu_backward.default,
-    aten.tanh_backward.default, aten.sigmoid_backward.default,
-)  # fmt: skip
 # kept out of the table that AOTAutograd traces with, so that a pass can name them
 CANONICAL = (
     aten.native_layer_norm.default, aten.native_layer_norm_backward.default, aten.gelu.default, aten.silu.default,
-    *ACTIVATION_BACKWARD,
+    aten.gelu_backward.default, aten.silu_backward.default, aten.mish_backward.default,
+    aten.hardswish_backward.default, aten.softplus_backward.default, aten.elu_backward.default,
+    aten.tanh_backward.default, aten.sigmoid_backward.default,
 )  # fmt: skip
 
 OWN: dict[Any, Callable[..., Any]] = {

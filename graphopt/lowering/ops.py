@@ -56,6 +56,10 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, No
     return dx if mask[0] else None, None, dweight if mask[1] else None, None
 
 
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("graphopt::rms_norm has no second derivative: double backward (create_graph) is not supported")
+
+
 _define("rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, float eps) -> (Tensor, Tensor)", rms_norm)
 _define(
     "rms_norm_backward(Tensor grad, Tensor x, SymInt[] normalized_shape, Tensor rstd, Tensor? weight, bool[2] mask)"
@@ -65,3 +69,4 @@ _define(
 _define("pack(Tensor values, int bits) -> Tensor", formulas.pack)
 _define("unpack(Tensor words, SymInt[] shape, int bits, ScalarType dtype) -> Tensor", formulas.unpack)
 torch.library.register_autograd("graphopt::rms_norm", _differentiate, setup_context=_save_inputs, lib=_library)
+torch.library.register_autograd("graphopt::rms_norm_backward", _no_double_backward, lib=_library)

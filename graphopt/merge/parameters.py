@@ -31,6 +31,10 @@ def unfit(parameter: Any) -> str | None:
         return "is on the meta device and has no values"
     if parameter.dtype not in DTYPES or parameter.layout != torch.strided:
         return f"is {short(parameter.dtype)}: quantised, or no floating point"
+    if parameter.is_inference():
+        return "was made in inference mode and cannot be changed"
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride())):
+        return "is expanded: several of its elements are one in memory"
     return None
 
 

@@ -19,7 +19,7 @@ from graphopt import passes
 from graphopt.errors import MergeError
 from graphopt.graph import hint, module_of, outputs_of, storage
 from graphopt.merge.parameters import Parameters, Refused, called, text
-from graphopt.merge.record import WEIGHT, MergedLinear, MergedNorm
+from graphopt.merge.record import BIAS, WEIGHT, MergedLinear, MergedNorm
 from graphopt.passes.canonicalize.operations import spelled, through_casts, value
 from graphopt.pipeline import run
 from graphopt.tracer import forward_graph
@@ -86,7 +86,7 @@ def _norm(parameters: Parameters, path: str, node: fx.Node, given: Mapping[str, 
         bias, owner, bias_name = parameters.only_read_by(node, through_casts(given["bias"]), "its bias")
         if owner != path:
             raise Refused(f"its bias is a parameter of another module, {owner!r}")
-    if hasattr(parameters.modules[path], WEIGHT):
+    if any(hasattr(parameters.modules[path], name) for name in (WEIGHT, BIAS)):
         raise Refused("it was merged already, as a part of another model")
     if weight.dim() != 1:
         raise Refused(f"it normalises over {weight.dim()} dims, not over the features alone")
@@ -183,7 +183,10 @@ def _keeps_features(node: fx.Node, source: fx.Node) -> bool:
     sizes = [hint(size) for size in before.shape]
     probe = torch.empty_strided(sizes, (*[0] * (before.dim() - 1), 1), device="meta")
     call: Any = getattr(Tensor, name) if node.op == "call_method" else node.target
-    seen = call(probe, *node.args[1:], **node.kwargs)
+    try:
+        seen = call(probe, *node.args[1:], **node.kwargs)
+    except RuntimeError:  # a view that only the strides of the real tensor allow
+        return False
     if storage(seen) != storage(probe) or seen.storage_offset() or list(seen.shape[-1:]) != sizes[-1:]:
         return False
     return seen.stride(-1) == 1 and not any(stride for size, stride in zip(seen.shape[:-1], seen.stride()) if size > 1)

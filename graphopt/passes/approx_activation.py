@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import hint, in_backward, in_checkpoint, memory_order, splice
+from graphopt.graph import fake_mode, hint, in_backward, in_checkpoint, memory_order, splice
 from graphopt.lowering import ops  # noqa: F401  (registers the operators named below)
 from graphopt.lowering.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE
 from graphopt.lowering.code_tables import CODES
@@ -30,7 +31,7 @@ from graphopt.lowering.codes import BITS, Code, encode, slope
 from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.formulas import WORD, WORDS, compute_dtype
 from graphopt.lowering.random import fuse_seeds, uniform
-from graphopt.partition import BYTES_FREED
+from graphopt.partition import CUT, Cut
 from graphopt.pipeline import fired, left_alone
 
 aten, own = torch.ops.aten, torch.ops.graphopt
@@ -51,8 +52,9 @@ class Slope:
     of_output: bool = False
 
     @property
-    def numel(self) -> int:
-        return hint(self.read.meta["val"].numel())
+    def bytes(self) -> int:
+        """What a code of it takes."""
+        return math.ceil(hint(self.read.meta["val"].numel()) / WORD) * WORDS[BITS].itemsize
 
     def derivative(self, read: Tensor) -> Tensor:
         """f' of what backward reads, by the operator's own backward."""
@@ -111,25 +113,18 @@ def approx_activation(
     """Let backward read a code of two bits in the place of an activation's input; any shape and float dtype.
 
     Approximate: the gradient is that of the scheme's step function (LowMemoryBP, arXiv 2406.16282, section 3).
-    Where a first cut has marked what an exact derivative keeps, only those codes are made that take fewer bytes.
+    Where the graph's meta holds a cut of it, only those codes are made that take fewer bytes than what they replace.
     """
     graph = gm.graph
     backward = in_backward(graph)
-    for node in [node for node in graph.nodes if node.target in SLOPES]:
-        found = SLOPES[node.target](node)
-        if found is None or not found.read.meta["val"].is_floating_point():
-            left_alone(node, "no code is known for an activation with these settings")
-            continue
-        code, freed = math.ceil(found.numel / WORD) * WORDS[BITS].itemsize, node.meta.get(BYTES_FREED)
-        if any(in_checkpoint(each) for each in (found.read, *found.read.users)):
-            left_alone(node, "its region is checkpointed and recomputed as a whole")
-        elif freed == 0:
-            left_alone(node, "what it reads is kept anyway: a code would come on top")
-        elif freed is not None and freed <= code:
-            left_alone(node, f"a code of {code} bytes would free {freed}")
-        else:
+    slopes = _codable(graph, backward)
+    chosen = slopes if CUT not in gm.meta else _that_pay(slopes, gm.meta.pop(CUT))
+    for found in slopes:
+        if found in chosen:
             _rewrite(graph, found, scheme, backward)
-            fired(node, f"its gradient is approximate: backward has its slope from 2 bits ({scheme})")
+            fired(found.node, f"its gradient is approximate: backward has its slope from 2 bits ({scheme})")
+        else:
+            left_alone(found.node, "what it reads is kept anyway: a code would come on top")
     if scheme == "unbiased":
         fuse_seeds(gm)
     graph.eliminate_dead_code()
@@ -137,10 +132,47 @@ def approx_activation(
     return gm
 
 
+def _codable(graph: fx.Graph, backward: set[fx.Node]) -> list[Slope]:
+    """The backward nodes that a code could serve; a derivative that is part of forward (torch.func.grad) is none."""
+    slopes = []
+    for node in [node for node in graph.nodes if node.target in SLOPES and node in backward]:
+        found = SLOPES[node.target](node)
+        if found is None or not found.read.meta["val"].is_floating_point():
+            left_alone(node, "no code is known for an activation with these settings")
+        elif any(in_checkpoint(each) for each in (found.read, *found.read.users)):
+            left_alone(node, "its region is checkpointed and recomputed as a whole")
+        else:
+            slopes.append(found)
+    return slopes
+
+
+def _that_pay(slopes: list[Slope], cut: Cut) -> list[Slope]:
+    """Those whose codes take fewer bytes than what a cut saves for them alone: each by itself, and all together."""
+
+    def freed(some: list[Slope]) -> int:
+        return cut.bytes_freed({each.node.name for each in some})
+
+    chosen = list(slopes)
+    while chosen:
+        in_all = freed(chosen)
+        gains = {each: in_all - freed([other for other in chosen if other is not each]) for each in chosen}
+        # what frees nothing goes at once; of the others the worst, as what it shares with another is gone then
+        useless = [each for each in chosen if gains[each] == 0]
+        worst = min(chosen, key=lambda each: gains[each] - each.bytes)
+        if useless:
+            chosen = [each for each in chosen if each not in useless]
+        elif gains[worst] <= worst.bytes:
+            chosen.remove(worst)
+        else:
+            break
+    return chosen if chosen and freed(chosen) > sum(each.bytes for each in chosen) else []
+
+
 def _rewrite(graph: fx.Graph, found: Slope, scheme: str, backward: set[fx.Node]) -> None:
     row, value = found.row(scheme), found.read.meta["val"]
-    order = memory_order(value)  # a view of dx may follow, so it gets the strides it had
-    back = [order.index(dim) for dim in range(value.dim())]
+    order = memory_order(value)
+    back = _inverse(order)
+    exact = _exact(found.node)  # a view of dx may follow, so it gets the strides it would have
     # where Inductor falls back to torch's random numbers it takes them whole
     table = {op: rule for op, rule in inductor_table().items() if op is not aten.rand.default}
 
@@ -152,7 +184,10 @@ def _rewrite(graph: fx.Graph, found: Slope, scheme: str, backward: set[fx.Node])
     def gradient(grad: Tensor, words: Tensor) -> Tensor:
         dtype = compute_dtype(grad.dtype)
         code = own.unpack(words, grad.permute(order).shape, BITS, torch.int32).permute(back)
-        return (grad.to(dtype) * slope(code, row.levels, dtype)).to(found.node.meta["val"].dtype)
+        dx = (grad.to(dtype) * slope(code, row.levels, dtype)).to(exact.dtype)
+        if dx.stride() == exact.stride():
+            return dx
+        return dx.permute(memory_order(exact)).contiguous().permute(_inverse(memory_order(exact)))
 
     words = splice(graph, _after(found.read), forward, (found.read,), like=_forward_node(found, backward),
                    decompositions=table)  # fmt: skip
@@ -160,6 +195,17 @@ def _rewrite(graph: fx.Graph, found: Slope, scheme: str, backward: set[fx.Node])
     dx = splice(graph, found.node, gradient, (found.node.args[0], words), like=found.node, decompositions=table)
     found.node.replace_all_uses_with(dx)
     graph.erase_node(found.node)
+
+
+def _exact(node: fx.Node) -> Tensor:
+    """The fake tensor that a node's decomposition gives; its strides are not always those of the operator."""
+    given = fx.map_arg(node.args, lambda each: each.meta["val"])
+    with fake_mode(node.graph), enable_python_dispatcher():
+        return inductor_table()[node.target](*given, **node.kwargs)  # type: ignore[no-any-return]
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(dim) for dim in range(len(order))]
 
 
 def _after(node: fx.Node) -> fx.Node:

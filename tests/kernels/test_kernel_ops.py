@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
-import graphopt.lowering.ops  # noqa: F401  (registers them)
+import graphopt.kernels
 from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.code_tables import CODES
 from graphopt.lowering.codes import SCHEMES, slope
@@ -180,3 +180,22 @@ torch.ops.graphopt.activation_forward(torch.ones(3), "gelu", "relu3", None)
 torch.ops.graphopt.norm_forward(torch.ones(3, 4), (4,), None, None, 1e-5, True, torch.float32)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_double_backward_is_refused():
+    x = torch.randn(6, 8, dtype=torch.double, requires_grad=True)
+    for y in (
+        torch.ops.graphopt.norm_forward(x, [8], None, None, 1e-5, True, torch.double)[0],
+        torch.ops.graphopt.activation_forward(x, "silu", "lloyd", None)[0],
+    ):
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            gradient.pow(2).sum().backward()
+
+
+def test_integers_are_refused():
+    x, code = torch.randn(4, 8), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="z_dtype"):
+        torch.ops.graphopt.norm_forward(x, [8], None, None, 1e-5, True, torch.int32)
+    with pytest.raises(RuntimeError, match="grad"):
+        torch.ops.graphopt.activation_backward(x.long(), code, "gelu", "relu3")

@@ -329,3 +329,90 @@ def test_infinite_inputs_have_the_slope_of_the_limit(name, scheme):
         around = sorted(levels, key=lambda level: abs(level - limit))[: 2 if scheme == "unbiased" else 1]
         assert set(found.tolist()) <= set(torch.tensor(around).tolist())
     assert set(unknown.tolist()) <= set(torch.tensor(levels).tolist())
+
+
+@pytest.mark.parametrize("name", ["gelu", "tanh", "sigmoid"])
+def test_a_derivative_that_is_part_of_forward_stays_exact(name):
+    """As in networks that give the gradient of an energy."""
+    weight, scale, x = torch.randn(16, 64), nn.Parameter(torch.randn(64)), torch.randn(32, 16)
+
+    def function(x):
+        return torch.func.grad(lambda h: (FUNCTIONS[name](h) * scale).sum())(x @ weight)
+
+    compiled = torch.compile(function, backend="lowmem_eager", options={"approx_activation": "unbiased"})
+    torch.testing.assert_close(compiled(x), function(x))
+
+
+def test_no_code_beside_an_activation_that_keeps_its_input():
+    """ELU with another alpha has no row, so what both read stays; the second GELU's code must not hide that."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 256), nn.Linear(256, 32).requires_grad_(False)
+            self.c, self.d = nn.Linear(32, 64), nn.Linear(64, 32).requires_grad_(False)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.d(F.gelu(self.c(self.b(F.gelu(h) + F.elu(h, 0.5)))))
+
+    _, record = records(Net(), torch.randn(64, 32), approx_activation="relu3")
+    assert len(record.fired) == 1 and "self.c" in record.fired[0].source
+    assert any("kept anyway" in event.text for event in record.left_alone)
+
+
+@pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh])
+def test_what_the_model_returns_is_kept_anyway(function):
+    model = nn.Sequential(nn.Linear(32, 64), Activation(function))
+    for preset in ("exact", "paper"):
+        _, record = records(model, torch.randn(64, 32), preset=preset, approx_activation="lloyd")
+        assert not record.fired
+
+
+class Activation(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_codes_that_pay_only_together_are_made_together():
+    """One activation after another of one tensor, and two halves of one."""
+
+    class Net(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 64), nn.LazyLinear(32)
+            self.function = function
+            self(torch.randn(1, 32))
+            self.second.requires_grad_(False)
+
+        def forward(self, x):
+            return self.second(self.function(self.first(x)))
+
+    def halves(h):
+        a, b = h.chunk(2, -1)
+        return F.gelu(a) + F.gelu(b)
+
+    for function in (lambda h: F.gelu(h) + torch.tanh(h), lambda h: torch.tanh(F.gelu(h)), halves):
+        saved, record = records(Net(function), torch.randn(64, 32), approx_activation="relu3")
+        assert len(record.fired) == 2
+        assert sum(each.bytes for each in saved) <= 2 * 64 * 64 // 4
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_gradient_has_the_strides_that_the_exact_one_has(name):
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32).requires_grad_(False)
+
+        def forward(self, x):
+            return self.b(FUNCTIONS[name](self.a(x.view(4, -1, 32)).transpose(0, 1))).contiguous()
+
+    x = torch.randn(60, 32)
+    for scheme in SCHEMES:
+        _, gradients, _ = step(Transposed(), (x,), options={"approx_activation": scheme})
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
