@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import fake_mode, hint, in_backward, in_checkpoint, memory_order, splice
+from graphopt.errors import OptionsError
+from graphopt.graph import after_tangents, fake_mode, hint, in_backward, in_checkpoint, memory_order, splice
 from graphopt.lowering import ops  # noqa: F401  (registers the operators named below)
 from graphopt.lowering.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE
 from graphopt.lowering.code_tables import CODES
-from graphopt.lowering.codes import BITS, Code, encode, slope
+from graphopt.lowering.codes import BITS, SCHEMES, Code, encode, slope
 from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.formulas import WORD, WORDS, compute_dtype
 from graphopt.lowering.random import fuse_seeds, uniform
@@ -58,9 +60,8 @@ class Slope:
 
     def derivative(self, read: Tensor) -> Tensor:
         """f' of what backward reads, by the operator's own backward."""
-        given = {self.node.args[0]: torch.ones_like(read), self.read: read}
-        args = fx.map_arg(self.node.args, lambda node: given[node])
-        return self.node.target(*args, **self.node.kwargs)  # type: ignore[no-any-return, operator]
+        args = fx.map_arg(self.node.args[1:], lambda node: read)
+        return self.node.target(torch.ones_like(read), *args, **self.node.kwargs)  # type: ignore[no-any-return, operator]
 
     def row(self, scheme: str) -> Code:
         """Levels, and thresholds of what backward reads: of scale * x, or of f(x), which grows with x."""
@@ -115,13 +116,14 @@ def approx_activation(
     Approximate: the gradient is that of the scheme's step function (LowMemoryBP, arXiv 2406.16282, section 3).
     Where the graph's meta holds a cut of it, only those codes are made that take fewer bytes than what they replace.
     """
+    if scheme not in SCHEMES:
+        raise OptionsError(f"scheme {scheme!r} is not one of {', '.join(SCHEMES)}")
     graph = gm.graph
-    backward = in_backward(graph)
-    slopes = _codable(graph, backward)
+    slopes = _codable(graph)
     chosen = slopes if CUT not in gm.meta else _that_pay(slopes, gm.meta.pop(CUT))
     for found in slopes:
         if found in chosen:
-            _rewrite(graph, found, scheme, backward)
+            _rewrite(graph, found, scheme)
             fired(found.node, f"its gradient is approximate: backward has its slope from 2 bits ({scheme})")
         else:
             left_alone(found.node, "what it reads is kept anyway: a code would come on top")
@@ -132,10 +134,10 @@ def approx_activation(
     return gm
 
 
-def _codable(graph: fx.Graph, backward: set[fx.Node]) -> list[Slope]:
-    """The backward nodes that a code could serve; a derivative that is part of forward (torch.func.grad) is none."""
-    slopes = []
-    for node in [node for node in graph.nodes if node.target in SLOPES and node in backward]:
+def _codable(graph: fx.Graph) -> list[Slope]:
+    """The nodes that a code could serve; a derivative that is part of forward (torch.func.grad) is none."""
+    slopes, after = [], after_tangents(graph)
+    for node in [node for node in graph.nodes if node.target in SLOPES and node.args[0] in after]:
         found = SLOPES[node.target](node)
         if found is None or not found.read.meta["val"].is_floating_point():
             left_alone(node, "no code is known for an activation with these settings")
@@ -152,23 +154,15 @@ def _that_pay(slopes: list[Slope], cut: Cut) -> list[Slope]:
     def freed(some: list[Slope]) -> int:
         return cut.bytes_freed({each.node.name for each in some})
 
-    chosen = list(slopes)
-    while chosen:
-        in_all = freed(chosen)
-        gains = {each: in_all - freed([other for other in chosen if other is not each]) for each in chosen}
-        # what frees nothing goes at once; of the others the worst, as what it shares with another is gone then
-        useless = [each for each in chosen if gains[each] == 0]
-        worst = min(chosen, key=lambda each: gains[each] - each.bytes)
-        if useless:
-            chosen = [each for each in chosen if each not in useless]
-        elif gains[worst] <= worst.bytes:
-            chosen.remove(worst)
-        else:
-            break
-    return chosen if chosen and freed(chosen) > sum(each.bytes for each in chosen) else []
+    chosen: list[Slope] = []
+    paying = list(slopes)
+    while len(paying) != len(chosen):  # what one shares with another that stays exact is not freed either
+        chosen, in_all = paying, freed(paying)
+        paying = [each for each in chosen if in_all - freed([o for o in chosen if o is not each]) > each.bytes]
+    return chosen if freed(chosen) > sum(each.bytes for each in chosen) else []
 
 
-def _rewrite(graph: fx.Graph, found: Slope, scheme: str, backward: set[fx.Node]) -> None:
+def _rewrite(graph: fx.Graph, found: Slope, scheme: str) -> None:
     row, value = found.row(scheme), found.read.meta["val"]
     order = memory_order(value)
     back = _inverse(order)
@@ -182,14 +176,17 @@ def _rewrite(graph: fx.Graph, found: Slope, scheme: str, backward: set[fx.Node])
         return own.pack(code.permute(order), BITS)  # type: ignore[no-any-return]
 
     def gradient(grad: Tensor, words: Tensor) -> Tensor:
-        dtype = compute_dtype(grad.dtype)
-        code = own.unpack(words, grad.permute(order).shape, BITS, torch.int32).permute(back)
-        dx = (grad.to(dtype) * slope(code, row.levels, dtype)).to(exact.dtype)
+        dtype, dense = compute_dtype(grad.dtype), grad.permute(order)
+        # a row for each word where that comes out even: loops over words and shifts, no division for each element
+        even = statically_known_true(grad.numel() % WORD == 0)
+        rows = dense.reshape(-1, WORD) if even else dense
+        code = own.unpack(words, rows.shape, BITS, torch.int32)
+        dx = (rows.to(dtype) * slope(code, row.levels, dtype)).to(exact.dtype).view(dense.shape).permute(back)
         if dx.stride() == exact.stride():
             return dx
         return dx.permute(memory_order(exact)).contiguous().permute(_inverse(memory_order(exact)))
 
-    words = splice(graph, _after(found.read), forward, (found.read,), like=_forward_node(found, backward),
+    words = splice(graph, _after(found.read), forward, (found.read,), like=_forward_node(found),
                    decompositions=table)  # fmt: skip
     words.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # drawn once, whatever may be recomputed
     dx = splice(graph, found.node, gradient, (found.node.args[0], words), like=found.node, decompositions=table)
@@ -215,8 +212,9 @@ def _after(node: fx.Node) -> fx.Node:
     return next(each for each in node.graph.nodes if each.op != "placeholder")  # type: ignore[no-any-return]
 
 
-def _forward_node(found: Slope, backward: set[fx.Node]) -> fx.Node:
+def _forward_node(found: Slope) -> fx.Node:
     """The activation in forward, which a code belongs to; what it reads where that is all that is left of it."""
     if found.of_output:
         return found.read
+    backward = in_backward(found.node.graph)
     return next((user for user in found.read.users if user not in backward), found.read)

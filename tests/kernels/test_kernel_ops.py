@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
-import graphopt.kernels
+import graphopt.kernels  # noqa: F401  (registers the operators)
 from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.code_tables import CODES
 from graphopt.lowering.codes import SCHEMES, slope

@@ -343,6 +343,32 @@ def test_a_derivative_that_is_part_of_forward_stays_exact(name):
     torch.testing.assert_close(compiled(x), function(x))
 
 
+def test_a_gradient_that_is_the_input_itself():
+    """dy = h for f(h): what a code would replace is read as the gradient too."""
+    first = nn.Linear(32, 64)
+
+    def function(x):
+        h = first(x)
+        return (F.gelu(h) * h.detach()).sum() + F.gelu(first(x + 1)).sum()
+
+    x = torch.randn(64, 32)
+    compiled = torch.compile(function, backend="lowmem_eager", options={"approx_activation": "relu3"})
+    compiled(x).backward()
+    found, first.weight.grad = first.weight.grad, None
+    h = first(x)
+    exact = torch.autograd.grad((F.gelu(h) * h.detach()).sum(), first.weight)[0]
+    (coded,) = torch.autograd.grad(
+        step_function("gelu", "relu3", torch.float32)(first(x + 1).double()).sum(), first.weight
+    )
+    assert distance({"": found}, {"": exact + coded}) < 1e-6  # float32: products of 64 terms
+
+
+def test_an_unknown_scheme_is_named():
+    joint = graphopt.capture(Net(), torch.randn(64, WIDTH)).joint
+    with pytest.raises(graphopt.OptionsError, match=r"relu4.*relu3"):
+        approx_activation(joint, scheme="relu4")
+
+
 def test_no_code_beside_an_activation_that_keeps_its_input():
     """ELU with another alpha has no row, so what both read stays; the second GELU's code must not hide that."""
 
