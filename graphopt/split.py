@@ -41,28 +41,34 @@ def split(
     outputs = kwargs["num_fwd_outputs"]
     heuristics = HEURISTICS[options.recomputed]
 
-    def attempt(canonical: fx.GraphModule, heuristics: Mapping[str, object], rewritten: bool = True) -> Attempt:
-        decomposed, _ = run(copy(canonical), joint_inputs, (decompose,))
+    def attempt(
+        canonical: fx.GraphModule,
+        heuristics: Mapping[str, object],
+        rewritten: bool = True,
+        decomposed: fx.GraphModule | None = None,
+    ) -> Attempt:
+        decomposed = decomposed or run(copy(canonical), joint_inputs, (decompose,))[0]
         halves = cut(copy(decomposed), joint_inputs, heuristics, **kwargs)
         return Attempt(canonical, decomposed, halves, crossing_bytes(halves[0], outputs), heuristics, rewritten)
 
-    def if_it_pays(best: Attempt, gm: fx.GraphModule, each: Sequence[Pass]) -> Attempt:
+    def if_it_pays(best: Attempt, gm: fx.GraphModule, each: Sequence[Pass], decomposed: bool) -> Attempt:
         gm, more = run(gm, joint_inputs, each, options.disable)
         records.extend(more)
         if not any(record.fired for record in more):
             return best
-        other = attempt(gm, best.heuristics)
+        other = attempt(gm, best.heuristics, decomposed=gm if decomposed else None)
         if other.bytes < best.bytes:
             return other
         take_back(more, "it saves no bytes: something else needs the tensor as it is")
         return best
 
-    plain = copy(gm)
+    plain = attempt(copy(gm), heuristics, rewritten=False)
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
-    attempts = [attempt(prefer(gm), heuristics)] if has_preferred(gm) else []
-    attempts += [attempt(gm, heuristics), attempt(plain, heuristics, rewritten=False)]
+    attempts = [attempt(gm, heuristics), plain]
+    if has_preferred(gm):
+        attempts.insert(0, attempt(prefer(gm), heuristics, decomposed=prefer(attempts[0].decomposed)))
     if heuristics is not STOCK:
-        attempts.append(attempt(plain, STOCK, rewritten=False))
+        attempts.append(attempt(plain.canonical, STOCK, rewritten=False, decomposed=plain.decomposed))
     best = min(attempts, key=lambda each: each.bytes)
     if not best.rewritten:
         take_back(records, "the graph as it was can be cut for fewer bytes")
@@ -70,7 +76,7 @@ def split(
     if options.code is not None:
         gm = copy(best.canonical)
         gm.meta[CUT] = Cut(best.halves, outputs)
-        best = if_it_pays(best, gm, [bind(each, scheme=options.code) for each in passes.APPROXIMATE])
+        best = if_it_pays(best, gm, [bind(each, scheme=options.code) for each in passes.APPROXIMATE], decomposed=False)
     mark(best.decomposed, best.halves, outputs)
-    best = if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT)
+    best = if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT, decomposed=True)
     return *best.halves, records
