@@ -126,8 +126,6 @@ def apply(
     return run(gm, example_inputs, tuple(passes))[0]
 
 
-# a log message in the model would break the graph; the capture runs nothing, so it needs none of them
-_LOGGING = {each for each in vars(logging.Logger).values() if callable(each)}
 _IGNORED = "ignore_logging_functions" if hasattr(dynamo_config, "ignore_logging_functions") else "ignore_logger_methods"
 
 
@@ -147,8 +145,11 @@ def forward_graph(
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         raise _Stop(gm, example_inputs)
 
+    # a log message in the model would break the graph; the capture runs nothing, so it needs none of them. Asked for at
+    # each call: transformers gives Logger more methods when it is imported
+    messages = {each for each in vars(logging.Logger).values() if callable(each)}
     try:
-        with torch.enable_grad(), dynamo_config.patch({_IGNORED: _LOGGING}):
+        with torch.enable_grad(), dynamo_config.patch({_IGNORED: messages}):
             torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **kwargs)
     except _Stop as stop:
         return stop.found

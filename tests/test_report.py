@@ -1,6 +1,7 @@
 """explain: the report counts what autograd really keeps, names who keeps it, and shows it safely."""
 
 import builtins
+import logging
 from html.parser import HTMLParser
 
 import pytest
@@ -216,6 +217,18 @@ def test_more_saved_than_before_is_said_so(report):
 def test_a_model_without_gradients_is_refused():
     with pytest.raises(graphopt.CaptureError):
         graphopt.explain(lambda x: x * 2, torch.randn(3))
+
+
+def test_a_logging_method_that_came_after_the_import_is_passed_over(monkeypatch):
+    """transformers gives Logger a `warning_once` when it is imported, which may be after graphopt."""
+    monkeypatch.setattr(logging.Logger, "warning_later", lambda self, text: None, raising=False)
+    linear, logger = nn.Linear(4, 4), logging.getLogger("model")
+
+    def function(x):
+        logger.warning_later("said while it is traced")
+        return linear(x)
+
+    assert graphopt.explain(function, torch.randn(2, 4)).before == ()
 
 
 def test_options_are_checked():
