@@ -71,6 +71,11 @@ def memory_order(value: torch.Tensor) -> list[int]:
     return sorted(range(value.dim()), key=lambda dim: -hint(value.stride()[dim]))
 
 
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes one: `value.permute(order).permute(inverse(order))` is `value`."""
+    return [order.index(dim) for dim in range(len(order))]
+
+
 def storage(value: torch.Tensor) -> int:
     """Which storage a fake tensor lies in: a view and its base answer the same."""
     return int(value.untyped_storage()._cdata)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.graph import memory_order
+from graphopt.graph import inverse, memory_order
 from graphopt.kernels import activation, norm
 from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.codes import SCHEMES
@@ -142,7 +142,7 @@ def _differentiate_activation(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor
     # the code lies as y does, so the gradient is read in that order
     (code,) = ctx.saved_tensors
     dx = torch.ops.graphopt.activation_backward(grad.permute(ctx.order), code, ctx.name, ctx.scheme)
-    return dx.permute([ctx.order.index(dim) for dim in range(grad.dim())]), None, None, None
+    return dx.permute(inverse(ctx.order)), None, None, None
 
 
 def _save_normalised(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

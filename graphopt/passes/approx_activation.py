@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.errors import OptionsError
-from graphopt.graph import after_tangents, fake_mode, hint, in_backward, in_checkpoint, memory_order, splice
+from graphopt.graph import after_tangents, fake_mode, hint, in_backward, in_checkpoint, inverse, memory_order, splice
 from graphopt.lowering import ops  # noqa: F401  (registers the operators named below)
 from graphopt.lowering.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE
 from graphopt.lowering.code_tables import CODES
@@ -165,7 +165,7 @@ def _that_pay(slopes: list[Slope], cut: Cut) -> list[Slope]:
 def _rewrite(graph: fx.Graph, found: Slope, scheme: str) -> None:
     row, value = found.row(scheme), found.read.meta["val"]
     order = memory_order(value)
-    back = _inverse(order)
+    back = inverse(order)
     exact = _exact(found.node)  # a view of dx may follow, so it gets the strides it would have
     # where Inductor falls back to torch's random numbers it takes them whole
     table = {op: rule for op, rule in inductor_table().items() if op is not aten.rand.default}
@@ -184,7 +184,7 @@ def _rewrite(graph: fx.Graph, found: Slope, scheme: str) -> None:
         dx = (rows.to(dtype) * slope(code, row.levels, dtype)).to(exact.dtype).view(dense.shape).permute(back)
         if dx.stride() == exact.stride():
             return dx
-        return dx.permute(memory_order(exact)).contiguous().permute(_inverse(memory_order(exact)))
+        return dx.permute(memory_order(exact)).contiguous().permute(inverse(memory_order(exact)))
 
     words = splice(graph, _after(found.read), forward, (found.read,), like=_forward_node(found),
                    decompositions=table)  # fmt: skip
@@ -199,10 +199,6 @@ def _exact(node: fx.Node) -> Tensor:
     given = fx.map_arg(node.args, lambda each: each.meta["val"])
     with fake_mode(node.graph), enable_python_dispatcher():
         return inductor_table()[node.target](*given, **node.kwargs)  # type: ignore[no-any-return]
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return [order.index(dim) for dim in range(len(order))]
 
 
 def _after(node: fx.Node) -> fx.Node:

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from graphopt.graph import after_tangents, copy_node, in_backward, in_checkpoint, memory_order, nbytes, splice, tensor
+from graphopt.graph import (
+    after_tangents,
+    copy_node,
+    in_backward,
+    in_checkpoint,
+    inverse,
+    memory_order,
+    nbytes,
+    splice,
+    tensor,
+)
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.partition import IN_BACKWARD, SAVED
 from graphopt.pipeline import fired, left_alone
@@ -69,5 +79,5 @@ def _through_words(mask: torch.Tensor) -> torch.Tensor:
     # bits lie in the order of the mask's memory, so that what comes back has its strides: a view may follow
     order = memory_order(mask)
     dense = mask.permute(order)
-    back = [order.index(dim) for dim in range(mask.dim())]
+    back = inverse(order)
     return own.unpack(own.pack(dense, 1), dense.shape, 1, torch.bool).permute(back)  # type: ignore[no-any-return]
