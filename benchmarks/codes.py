@@ -81,7 +81,8 @@ def measure(name: str, blocks: int, draws: int) -> list[dict[str, Any]]:
 def gradients(net: nn.Module, x: Tensor, scheme: str | None, steps: int) -> Any:
     """The gradients of `steps` steps on the same batch, one after the other."""
     torch._dynamo.reset()
-    step = torch.compile(net, backend="lowmem_eager", options={"approx_activation": scheme}, fullgraph=True)
+    options = {"preset": "exact", "approx_activation": scheme}
+    step = torch.compile(net, backend="lowmem_eager", options=options, fullgraph=True)
     for seed in range(steps):
         torch.manual_seed(seed)
         net.zero_grad()

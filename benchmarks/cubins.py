@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,23 +26,23 @@ from typing import Any, NamedTuple
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
     sys.exit("TRITON_INTERPRET is set: there is nothing to build then")
 
-import torch  # noqa: F401  (before triton)
+import torch  # before triton
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from graphopt.kernels import activation, norm
+from graphopt.kernels import activation, group_quant, norm
 from graphopt.lowering.activations import ACTIVATIONS
 
 RESULT = Path(__file__).parent / "results" / "cubins.json"
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 TARGETS = {"sm_80": 80, "sm_90": 90}
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTHS = (64, 768, 767, 1024, 2048, 4096, 4095, 8192, 8191, 16384, 32768)
 # the values of a row of codes change no more than literals
 ROW = {"L0": 0.0, "L1": -0.05, "L2": 1.05, "L3": 1.0, "T0": -3.0, "T1": 0.01, "T2": 3.0}
-QUICK = 12
+QUICK = 14
 
 
 class Build(NamedTuple):
@@ -56,6 +57,7 @@ class Build(NamedTuple):
     block: tuple[int, ...]
     warps: int
     aligned: bool = True
+    fused: bool = True  # products with sums
 
     @property
     def about(self) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def builds() -> list[Build]:
     found = []
     for arch in TARGETS:
         for dtype in DTYPES:
-            found += [*_activations(dtype, arch), *_norms(dtype, arch)]
+            found += [*_activations(dtype, arch), *_norms(dtype, arch), *_groups(dtype, arch)]
     return found
 
 
@@ -147,10 +149,32 @@ def _norms(dtype: str, arch: str) -> list[Build]:
     return found
 
 
+def _groups(dtype: str, arch: str) -> list[Build]:
+    found = []
+    for bits, symmetric, dithered in itertools.product(group_quant.BITS, (True, False), (False, True)):
+        kind = f"int{bits}{'' if symmetric else ' asymmetric'}{' dithered' if dithered else ''}"
+        types = {"x_ptr": f"*{dtype}", "codes_ptr": "*u8", "scale_ptr": "*bf16", "numel": "i64"}
+        types |= ({} if symmetric else {"low_ptr": "*bf16"}) | ({"seed_ptr": "*i64"} if dithered else {})
+        missing = {name: None for name in ("low_ptr", "seed_ptr") if name not in types}
+        for group, aligned in ((8, True), (64, True), (1024, True), (64, False)):
+            if not (aligned or bits == 4):
+                continue
+            rows, width, warps = group_quant.blocks(bits, group, DTYPES[dtype])
+            constants = group_quant.constants(bits, group, symmetric, dithered) | missing
+            constants |= {"ROWS": rows, "WIDTH": width}
+            variant = f"{kind} {group}{'' if aligned else ' unaligned'}"
+            for name in ("group_quant.encode", "group_quant.decode"):
+                found.append(
+                    Build(name, variant, dtype, arch, types, constants, (rows, width), warps, aligned, fused=False)
+                )
+    return found
+
+
 def build(each: Build) -> dict[str, Any]:
     """The row of one kernel: what it is, and what ptxas says of it."""
     module, name = each.kernel.split(".")
-    kernel = getattr({"activation": activation, "norm": norm}[module], f"{name}_kernel")
+    modules = {"activation": activation, "norm": norm, "group_quant": group_quant}
+    kernel = getattr(modules[module], f"{name}_kernel")
     signature, constants, attributes = {}, {}, {}
     for at, argument in enumerate(kernel.arg_names):
         signature[argument] = each.types.get(argument, "constexpr")
@@ -161,9 +185,9 @@ def build(each: Build) -> dict[str, Any]:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", TARGETS[each.arch], 32),
-        options={"num_warps": each.warps},
+        options={"num_warps": each.warps, "enable_fp_fusion": each.fused},
     )
-    said = _ptxas(compiled.asm["ptx"], each.arch)
+    said = _ptxas(compiled.asm["ptx"], each.arch, each.fused)
     return {
         **each.about,
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
@@ -173,13 +197,13 @@ def build(each: Build) -> dict[str, Any]:
     }
 
 
-def _ptxas(ptx: str, arch: str) -> str:
+def _ptxas(ptx: str, arch: str, fused: bool) -> str:
     target = re.search(r"\.target (\w+)", ptx)[1]
     assert target.startswith(arch)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [PTXAS, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
+        command = [PTXAS, "-v", f"--gpu-name={target}", f"--fmad={str(fused).lower()}", file.name, "-o", os.devnull]
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
@@ -187,7 +211,7 @@ def sources() -> str:
     """A hash of the source of every device function."""
     found = {
         f"{module.__name__}.{name}": value.src
-        for module in (activation, norm)
+        for module in (activation, norm, group_quant)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction)
     }
@@ -208,7 +232,7 @@ def out_of_date(every: list[Build]) -> list[str]:
 def _line(row: dict[str, Any]) -> str:
     block = "x".join(map(str, row["block"]))
     return (
-        f"{row['arch']} {row['dtype']} {row['kernel']:19} {row['variant']:24} {block:>8} x {row['warps']:2} warps: "
+        f"{row['arch']} {row['dtype']} {row['kernel']:19} {row['variant']:30} {block:>8} x {row['warps']:2} warps: "
         f"{row['registers']:3} registers, {row['shared']:5} bytes shared, "
         f"spills {row['spill_stores']} + {row['spill_loads']}"
     )

@@ -5,7 +5,8 @@
 
 GB/s is the bytes a formula has to read and write over the median time of `triton.testing.do_bench`; inputs are random
 and rotate through more memory than the L2 cache holds. The error is that against float64, as a multiple of what the
-roundings explain: where it exceeds 1 no speed is printed and the exit status is 1.
+roundings explain: where it exceeds 1 no speed is printed and the exit status is 1. Codes of groups are to be those of
+the formula, bit by bit.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ if "--interpret" in sys.argv:
 import torch
 from torch import Tensor
 
-from graphopt.kernels import activation, norm
+from graphopt.kernels import activation, group_quant, norm
 from graphopt.kernels.language import INSTALLED
 from graphopt.lowering import formulas
+from graphopt.lowering import group_quant as group_formulas
 from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.code_tables import CODES
 from graphopt.lowering.codes import encode, slope
@@ -39,6 +41,10 @@ RESULTS = Path(__file__).parent / "results"
 DTYPES = (torch.bfloat16, torch.float32)
 UNIT = 2.0**-24  # one rounding of float32
 EPS = 1e-5
+GROUP = 64
+GROUPS = (  # bits, symmetric, dithered
+    (8, True, False), (4, True, False), (4, True, True), (4, False, False), (2, True, False), (2, True, True),
+)  # fmt: skip
 
 
 @dataclass
@@ -98,6 +104,9 @@ def cases(elements: int, device: torch.device) -> Iterator[Case]:
         for name, scheme in (("gelu", "relu3"), ("silu", "relu3"), ("gelu", "lloyd"), ("gelu", "unbiased")):
             yield _activation_forward(name, scheme, elements, dtype, device)
         yield _activation_backward(elements, dtype, device)
+        for bits, symmetric, dithered in GROUPS:
+            yield _group_encode(bits, symmetric, dithered, elements, dtype, device)
+            yield _group_decode(bits, symmetric, dithered, elements, dtype, device)
         for width in (768, 1024, 4096, 8192, 16384) if device.type == "cuda" else (40, 767):
             shape = (max(2, elements // width), width)
             for centred in (True, False):
@@ -149,6 +158,51 @@ def _activation_backward(elements: int, dtype: torch.dtype, device: torch.device
 
     run = lambda grad, words: (activation.backward(grad, words, "gelu", "relu3"),)  # noqa: E731
     return Case("activation.backward", dtype, inputs, run, formula, error)
+
+
+def _group_encode(
+    bits: int, symmetric: bool, dithered: bool, elements: int, dtype: torch.dtype, device: torch.device
+) -> Case:
+    def inputs() -> tuple[Tensor, Tensor | None]:
+        return torch.randn(elements, device=device, dtype=dtype), _seed(dithered, device)
+
+    def formula(x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
+        return group_formulas.encode(x, bits, GROUP, symmetric, seed)
+
+    def error(found: tuple[Tensor, ...], x: Tensor, seed: Tensor | None) -> float:
+        expected = formula(x, seed)
+        return 0.0 if all(torch.equal(one, other) for one, other in zip(found, expected)) else math.inf
+
+    run = lambda x, seed: tuple(group_quant.encode(x, bits, GROUP, symmetric, seed))  # noqa: E731
+    return Case(f"group_quant.encode {_kind(bits, symmetric, dithered)}", dtype, inputs, run, formula, error)
+
+
+def _group_decode(
+    bits: int, symmetric: bool, dithered: bool, elements: int, dtype: torch.dtype, device: torch.device
+) -> Case:
+    def inputs() -> tuple[Tensor | None, ...]:
+        x, seed = torch.randn(elements, device=device, dtype=dtype), _seed(dithered, device)
+        return seed, *group_formulas.encode(x, bits, GROUP, symmetric, seed)
+
+    def formula(seed: Tensor | None, codes: Tensor, *kept: Tensor) -> Tensor:
+        return group_formulas.decode(codes, kept, seed, bits, (elements,), dtype)
+
+    def error(found: tuple[Tensor], seed: Tensor | None, codes: Tensor, *kept: Tensor) -> float:
+        expected = group_formulas.decode(codes, kept, seed, bits, (elements,), torch.float32).double()
+        return _excess(found[0], expected, torch.zeros_like(expected))
+
+    def run(seed: Tensor | None, codes: Tensor, *kept: Tensor) -> tuple[Tensor]:
+        return (group_quant.decode(codes, kept, seed, bits, (elements,), dtype),)
+
+    return Case(f"group_quant.decode {_kind(bits, symmetric, dithered)}", dtype, inputs, run, formula, error)
+
+
+def _seed(dithered: bool, device: torch.device) -> Tensor | None:
+    return torch.tensor(3, device=device) if dithered else None
+
+
+def _kind(bits: int, symmetric: bool, dithered: bool) -> str:
+    return f"int{bits}{'' if symmetric else ' asymmetric'}{' dithered' if dithered else ''}"
 
 
 def _norm_forward(shape: tuple[int, int], centred: bool, dtype: torch.dtype, device: torch.device) -> Case:

@@ -1,6 +1,6 @@
 """Inductor's CUDA code of one training graph, made on a machine without a GPU.
 
-    forward, backward = generate(module, [x], backend="lowmem", options={"approx_activation": "relu3"})
+    forward, backward = generate(module, [x], backend="lowmem", options={"preset": "exact"})
     forward.bytes, [kernel.name for kernel in forward.kernels], forward.source
 
 The graph is traced and cut on the CPU; both halves are then moved to a fake cuda:0, an H100, and Inductor writes their

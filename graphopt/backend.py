@@ -88,8 +88,8 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        forward, backward, _ = split(gm, joint_inputs, self.options, **kwargs)
-        return run(forward, (), passes.HALVES)[0], run(backward, (), passes.HALVES)[0]
+        halves = split(gm, joint_inputs, self.options, **kwargs)
+        return run(halves.forward, (), passes.HALVES)[0], run(halves.backward, (), passes.HALVES)[0]
 
     def uuid(self) -> str:
         return f"{_sources()}-{self.options!r}"

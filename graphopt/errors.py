@@ -29,3 +29,7 @@ class CaptureError(GraphoptError):
 
 class MergeError(GraphoptError):
     """Norms cannot be merged into the linears that read them, or cannot be taken out again."""
+
+
+class PlanError(GraphoptError):
+    """A plan cannot be read, or a goal cannot be reached by any plan."""

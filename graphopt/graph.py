@@ -26,6 +26,8 @@ _TORCH = str(Path(torch.__file__).parent)
 
 ORIGIN = "graphopt_origin"  # in node.meta: the name of the canonical operator that a node helps to spell out
 
+ENCODED = "graphopt_encoded"  # in node.meta of what a codec saves: what it is, such as "int8 of mm"
+
 # what a spliced node takes over from the node it stands in for
 _INHERITED = (
     "partitioner_tag", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack",
@@ -86,6 +88,33 @@ def storage_bytes(values: Iterable[torch.Tensor]) -> int:
     return sum({storage(value): hint(value.untyped_storage().nbytes()) for value in values}.values())
 
 
+def owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For every node the one whose storage it shows: itself, or what it is a view of."""
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        owner[node] = node
+        for each in node.all_input_nodes:
+            if _shows(node, each) or (node.target is operator.getitem and owner[each] is not each):
+                owner[node] = owner[each]
+                break
+    return owner
+
+
+def _shows(node: fx.Node, read: fx.Node) -> bool:
+    # a node copied by a rewrite has the fake tensor of its original, so a shared storage alone would not do
+    value, base = tensor(node), tensor(read)
+    if getattr(node.target, "is_view", False):
+        return read is node.args[0]
+    return value is not None and base is not None and storage(value) == storage(base)
+
+
+def place_behind(node: fx.Node) -> fx.Node:
+    """Where a reader of `node` may stand first; inputs come before all else."""
+    if node.op != "placeholder":
+        return node.next
+    return next(each for each in node.graph.nodes if each.op != "placeholder")  # type: ignore[no-any-return]
+
+
 def read_by_backward(graph: fx.Graph) -> list[fx.Node]:
     """The forward tensors that backward reads as the graph stands, before any cut; inputs of the graph left out."""
     backward = in_backward(graph)
@@ -103,6 +132,14 @@ def read_by_backward(graph: fx.Graph) -> list[fx.Node]:
 def in_checkpoint(node: fx.Node) -> bool:
     """Whether the user checkpoints the region the node lies in: it is recomputed as a whole already."""
     return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def operator_name(node: fx.Node) -> str:
+    """The operator that computed a node, without PyTorch's namespaces; of one of several outputs what gave them."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return operator_name(node.args[0])
+    name = str(getattr(node.target, "overloadpacket", node.target))
+    return name.removeprefix("aten.").removeprefix("prims.").removeprefix("_").removeprefix("scaled_dot_product_")
 
 
 def module_of(node: fx.Node) -> str:
@@ -156,11 +193,13 @@ def splice(
     *,
     like: fx.Node,
     decompositions: Decompositions | None = None,
+    memo: tuple[dict[Any, fx.GraphModule], Any] | None = None,
 ) -> Any:
     """Trace `function` on what `arguments` stand for, insert its nodes ahead of `before`, return its output as nodes.
 
     Nodes may lie anywhere in `arguments`; sizes that `function` reads off a tensor stay symbolic. The new nodes take
-    their place in forward or backward, their module and their source line from `like`.
+    their place in forward or backward, their module and their source line from `like`. `memo`, a store and a key, saves
+    tracing the same function on alike tensors of fixed sizes again.
     """
     leaves, spec = pytree.tree_flatten(tuple(arguments))
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
@@ -171,23 +210,36 @@ def splice(
         result = function(*pytree.tree_unflatten(filled, spec))
         return tuple(result) if isinstance(result, tuple) else result  # fx would make a node of a named tuple
 
+    store, key = memo or ({}, None)
+    known = key in store
     with fake_mode(graph), enable_python_dispatcher(), torch.no_grad():
-        traced = make_fx(flat, decomposition_table=dict(decompositions or {}))(*[node.meta["val"] for node in nodes])
+        if not known:
+            trace = make_fx(flat, decomposition_table=dict(decompositions or {}))
+            store[key] = trace(*[node.meta["val"] for node in nodes])
+        return _insert(graph, before, store[key], nodes, like, again=known)
+
+
+def _insert(
+    graph: fx.Graph, before: fx.Node, traced: fx.GraphModule, nodes: Sequence[fx.Node], like: fx.Node, again: bool
+) -> Any:
+    """Copy a traced graph; `again` for a second time, when its tensors need storages of their own."""
     inputs = iter(nodes)
     new: dict[fx.Node, fx.Node] = {}
-    result: Any = None
     with graph.inserting_before(before):
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 new[node] = next(inputs)
             elif node.op == "output":
-                result = fx.map_arg(node.args[0], lambda n: new[n])
+                return fx.map_arg(node.args[0], lambda n: new[n])
             else:
                 if node.op == "get_attr":
-                    raise ValueError(f"{function} makes a constant tensor, which cannot be spliced into a graph")
-                new[node] = graph.node_copy(node, lambda n: new[n])
-                inherit(new[node], like)
-    return result
+                    raise ValueError("the function makes a constant tensor, which cannot be spliced into a graph")
+                copied = new[node] = graph.node_copy(node, lambda n: new[n])
+                if again:
+                    args, kwargs = fx.map_arg((copied.args, copied.kwargs), lambda n: n.meta["val"])
+                    copied.meta["val"] = copied.target(*args, **kwargs)  # type: ignore[operator]
+                inherit(copied, like)
+    return None
 
 
 def inherit(node: fx.Node, like: fx.Node) -> None:

@@ -4,41 +4,74 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, get_origin
 
+from graphopt.codecs import ROUNDINGS, within
 from graphopt.errors import OptionsError
 from graphopt.lowering.codes import SCHEMES
+from graphopt.plan import Plan
+from graphopt.plan.choose import Goal
+from graphopt.plan.make import Settings
 
 ENVIRONMENT = "GRAPHOPT_OPTIONS"
+RECOMPUTE = ("stock", "pointwise", "any")
+GROUP_SIZE, GROUP_SIZES = 64, (16, 32, 64, 128, 256, 512, 1024)
 # what a preset sets where the option itself is not given
-PRESETS: dict[str, dict[str, str]] = {
-    "exact": {"approx_activation": "off", "recompute": "pointwise"},
-    "paper": {"approx_activation": "relu3", "recompute": "stock"},
-}
-RECOMPUTE = ("pointwise", "stock")
+PRESETS: dict[str, dict[str, Any]] = {
+    "compressed": {"tolerance": 0.01, "time_slack": 0.2, "rounding": "nearest", "recompute": "pointwise",
+                   "approx_activation": "off"},
+    "smallest": {"tolerance": 0.15, "time_slack": 0.15, "rounding": "stochastic", "recompute": "any",
+                 "approx_activation": "unbiased"},
+    "exact": {"tolerance": 0.0, "time_slack": 0.0, "rounding": "nearest", "recompute": "pointwise",
+              "approx_activation": "off"},
+    "paper": {"tolerance": 0.0, "time_slack": 0.0, "rounding": "nearest", "recompute": "stock",
+              "approx_activation": "relu3"},
+}  # fmt: skip
+# what a memory budget sets over the preset
+UNDER_BUDGET = {"tolerance": math.inf, "time_slack": math.inf, "rounding": "stochastic", "recompute": "any"}
 
 
 @dataclass(frozen=True)
 class Options:
     """What can be set in `torch.compile(options=...)`, or as JSON in GRAPHOPT_OPTIONS where no options are given.
 
-    preset             "exact": gradients equal stock Inductor's up to rounding. Beside its order, one rounding is
+    preset             "compressed": saved tensors in 8 bits; the gradient's error is of the order of bf16 rounding.
+                       "smallest": 4 bits, two-bit codes of activations where they pay; unbiased, an error of a few
+                       percent.
+                       "exact": gradients equal stock Inductor's up to rounding. Beside its order, one rounding is
                        new: a norm's gradient reads z in the dtype in which the next linears read it.
                        "paper": LowMemoryBP as published (arXiv 2406.16282): shared norms, relu3 codes of activations.
+    memory_budget      what each graph may save: a fraction of what stock Inductor saves (0 < f <= 1), or bytes (a whole
+                       number above 1). The plan then spends the least time and error; tolerance, time_slack and
+                       recompute are unlimited where they are not given. Beside preset "exact" it stays exact.
+    tolerance          the relative error that a saved tensor may have, which decides the codecs allowed; 0: none.
+    time_slack         the fraction of a step's time that a plan may cost, as estimated.
+    group_size         values that share one scale in a codec, a power of two from 16 to 1024.
+    rounding           of codecs: "nearest", or "stochastic", which is unbiased and draws random numbers.
+    plan               a plan, or the path of one (see graphopt.plan.Plan); graphs that it is not for are planned anew.
     approx_activation  the code by which backward knows an activation's slope where that saves bytes: "relu3",
-                       "unbiased" or "lloyd" (see graphopt.lowering.codes), or "off". Those gradients are
-                       approximate. None: as the preset has it.
-    recompute          what backward makes anew: "pointwise", all that is cheap, or "stock", what Inductor does by
-                       itself. None: as the preset has it.
+                       "unbiased" or "lloyd" (see graphopt.lowering.codes), or "off". Those gradients are approximate.
+    recompute          what backward recomputes: "stock", what Inductor does by itself; "pointwise", all that is cheap;
+                       "any", attention and matrix products too where the plan finds that they cost less than their
+                       bytes.
     disable            names of passes to leave out, such as ("share_norm",).
 
-    Raises OptionsError for a value that is not allowed, naming those that are.
+    None stands for what the preset has. Raises OptionsError for a value that is not allowed, naming those that are, and
+    PlanError for a plan that cannot be read.
     """
 
-    preset: str = "exact"
+    preset: str = "compressed"
+    memory_budget: float | None = None
+    tolerance: float | None = None
+    time_slack: float | None = None
+    group_size: int | None = None
+    rounding: str | None = None
+    plan: Plan | None = None
     approx_activation: str | None = None
     recompute: str | None = None
     disable: tuple[str, ...] = ()
@@ -47,9 +80,29 @@ class Options:
         from graphopt.passes import NAMES
 
         _one_of("preset", self.preset, tuple(PRESETS))
-        for option, allowed in (("approx_activation", (*SCHEMES, "off")), ("recompute", RECOMPUTE)):
+        for option, allowed in (
+            ("approx_activation", (*SCHEMES, "off")), ("recompute", RECOMPUTE), ("rounding", ROUNDINGS)
+        ):  # fmt: skip
             if getattr(self, option) is not None:
                 _one_of(option, getattr(self, option), allowed)
+        _number("tolerance", self.tolerance, "a relative error of at least 0", lambda value: value >= 0)
+        _number("time_slack", self.time_slack, "a fraction of at least 0", lambda value: value >= 0)
+        _number(
+            "memory_budget", self.memory_budget, "a fraction above 0 and up to 1, or a whole number of bytes",
+            lambda value: 0 < value <= 1 or (1 < value < math.inf and value == int(value)),
+        )  # fmt: skip
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
+            raise OptionsError(
+                f"option 'group_size' is one of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}"
+            )
+        if isinstance(self.plan, (str, Path)):
+            object.__setattr__(self, "plan", Plan.load(self.plan))
+        elif isinstance(self.plan, Mapping):
+            object.__setattr__(self, "plan", Plan.parse(dict(self.plan)))
+        elif not isinstance(self.plan, Plan | None):
+            raise OptionsError(f"option 'plan' is a graphopt.Plan or the path of one, not {self.plan!r}")
+        if self.preset == "paper" and (self.memory_budget is not None or self.plan is not None):
+            raise OptionsError("preset 'paper' is LowMemoryBP as published, which has no memory_budget and no plan")
         names = self.disable
         if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
             raise OptionsError(f"option 'disable' is a list of pass names, not {self.disable!r}")
@@ -57,22 +110,54 @@ class Options:
             _one_of("disable", name, NAMES)
         object.__setattr__(self, "disable", tuple(sorted(set(self.disable))))
 
+    def value(self, option: str) -> Any:
+        """What applies: what was given, or what the budget, or else the preset, has."""
+        given = getattr(self, option)
+        if given is not None:
+            return given
+        if (
+            self.memory_budget is not None
+            and option in UNDER_BUDGET
+            and (self.preset, option) != ("exact", "tolerance")
+        ):
+            return UNDER_BUDGET[option]
+        return PRESETS[self.preset][option]
+
     @property
     def code(self) -> str | None:
         """The code of activations that applies, None for none."""
-        code = self.approx_activation or PRESETS[self.preset]["approx_activation"]
+        code = self.value("approx_activation")
         return None if code == "off" else code
 
     @property
-    def recomputed(self) -> str:
-        """What backward makes anew."""
-        return self.recompute or PRESETS[self.preset]["recompute"]
+    def planned(self) -> bool:
+        """Whether a plan decides what is saved; otherwise the cut does, exactly."""
+        if "encode" in self.disable or self.value("recompute") == "stock":
+            return False
+        return (
+            self.plan is not None
+            or self.memory_budget is not None
+            or self.value("tolerance") > 0
+            or (self.value("recompute") == "any")
+        )
+
+    def settings(self, stock: int) -> Settings:
+        """What a plan may use and is for, where stock Inductor saves `stock` bytes."""
+        budget = math.inf if self.memory_budget is None else self.memory_budget
+        goal = Goal(self.value("time_slack"), budget * stock if budget <= 1 else budget)
+        codecs = within(self.value("tolerance"), self.group_size or GROUP_SIZE, self.value("rounding"))
+        return Settings(codecs, self.value("recompute") == "any", goal)
 
     def __str__(self) -> str:
         """The preset, and what was set beside it."""
-        given = [f"{key} {value}" for key in PRESETS[self.preset] if (value := getattr(self, key)) is not None]
+        given = [
+            f"{field.name} {value}"
+            for field in fields(self)
+            if field.name not in ("preset", "disable", "plan") and (value := getattr(self, field.name)) is not None
+        ]
+        plan = [f"plan {self.plan.graph}"] if self.plan else []
         without = [f"without {', '.join(self.disable)}"] if self.disable else []
-        return ", ".join([f"preset {self.preset}", *given, *without])
+        return ", ".join([f"preset {self.preset}", *given, *plan, *without])
 
 
 OWN = tuple(field.name for field in fields(Options))
@@ -117,6 +202,13 @@ def _environment() -> dict[str, Any]:
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionsError(f"option {option!r}: {_nearest(str(value), allowed)}; allowed: {', '.join(allowed)}")
+
+
+def _number(option: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+        raise OptionsError(f"option {option!r} is {allowed}, not {value!r}")
 
 
 def _unknown(key: str, known: list[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -38,8 +39,10 @@ FEWEST_BYTES = STOCK | {
     "ban_recompute_not_in_allowlist": True,
     "ban_recompute_reductions": True,
 }
+# where a plan has been written into the graph: what it saves is tagged, and its copies must not be merged again
+PLANNED = FEWEST_BYTES | {"cse": False}
 # by the option "recompute"
-HEURISTICS = {"pointwise": FEWEST_BYTES, "stock": STOCK}
+HEURISTICS = {"any": FEWEST_BYTES, "pointwise": FEWEST_BYTES, "stock": STOCK}
 
 Halves = tuple[fx.GraphModule, fx.GraphModule]  # forward, backward
 
@@ -68,6 +71,34 @@ def cut(
         )
 
 
+def cut_as_tagged(gm: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **kwargs: Any) -> Halves:
+    """Split a joint graph that a plan has been written into: what is tagged MUST_SAVE is saved if backward reads it.
+
+    The tag alone holds only for what forward computes in any case, so they pass for outputs of forward meanwhile.
+    """
+    output, tag = gm.graph.output_node(), CheckpointPolicy.MUST_SAVE
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    tagged = [node for node in gm.graph.nodes if node.meta.get("recompute") == tag and tensor(node) is not None]
+    start, end = num_fwd_outputs, num_fwd_outputs + len(tagged)
+    _set_results(output, [*results[:start], *tagged, *results[start:]], start, len(tagged))
+    forward, backward = cut(gm, joint_inputs, PLANNED, num_fwd_outputs=end, **kwargs)
+    output = forward.graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    _set_results(output, [*results[:start], *results[end:]], start, -len(tagged))
+    forward.graph.eliminate_dead_code()
+    forward.recompile()
+    return forward, backward
+
+
+def _set_results(output: fx.Node, results: Sequence[Any], place: int, more: int) -> None:
+    """Set a graph's outputs, and with them the descriptions that AOTAutograd keeps of each."""
+    output.args = (tuple(results),)
+    if "desc" in output.meta:
+        known = list(output.meta["desc"])
+        rest = known[place - more :] if more < 0 else known[place:]
+        output.meta["desc"] = [*known[:place], *[None] * max(more, 0), *rest]
+
+
 def keep(graph: fx.Graph) -> None:
     """Tag what must be saved although torch's list calls it cheap.
 
@@ -83,6 +114,14 @@ def keep(graph: fx.Graph) -> None:
         if node.target in EQUALITY and node in backward and node not in after:
             for compared in _forward_values(node, backward):
                 compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+
+def merge_equal(gm: fx.GraphModule) -> fx.GraphModule:
+    """Compute what is computed twice once, as the cut does; in place."""
+    gm.graph.eliminate_dead_code()
+    gm.graph = fx_graph_cse(gm.graph)
+    gm.recompile()
+    return gm
 
 
 def has_preferred(gm: fx.GraphModule) -> bool:

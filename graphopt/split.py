@@ -4,13 +4,14 @@ share_norm, cut                          four ways; of those that save fewest by
                                          rewritten, z preferred · rewritten · as it was · as it was, cut as stock
 approx_activation, if asked for, cut     taken back unless it saves bytes
 pack_mask, cut                           taken back unless it saves bytes
+plan, encode, cut                        where a preset or an option asks for a plan
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -18,8 +19,22 @@ from graphopt import passes
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose
 from graphopt.options import Options
-from graphopt.partition import CUT, HEURISTICS, STOCK, Cut, Halves, crossing_bytes, cut, has_preferred, mark, prefer
+from graphopt.partition import (
+    CUT,
+    HEURISTICS,
+    STOCK,
+    Cut,
+    Halves,
+    crossing_bytes,
+    cut,
+    cut_as_tagged,
+    has_preferred,
+    mark,
+    merge_equal,
+    prefer,
+)
 from graphopt.pipeline import Pass, PassRecord, bind, run, take_back
+from graphopt.plan.make import Planning
 
 
 @dataclass(frozen=True)
@@ -34,12 +49,19 @@ class Attempt:
     rewritten: bool = True
 
 
-def split(
-    gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, **kwargs: Any
-) -> tuple[fx.GraphModule, fx.GraphModule, list[PassRecord]]:
+class Split(NamedTuple):
+    """A joint graph in two, what each pass did, and the plan where there is one."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    records: list[PassRecord]
+    planning: Planning | None = None
+
+
+def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, **kwargs: Any) -> Split:
     """Rewrite a joint graph, cut it, rewrite what the cut saves, cut again. A step that does not pay is taken back."""
     outputs = kwargs["num_fwd_outputs"]
-    heuristics = HEURISTICS[options.recomputed]
+    heuristics = HEURISTICS[options.value("recompute")]
 
     def attempt(
         canonical: fx.GraphModule,
@@ -79,4 +101,14 @@ def split(
         best = if_it_pays(best, gm, [bind(each, scheme=options.code) for each in passes.APPROXIMATE], decomposed=False)
     mark(best.decomposed, best.halves, outputs)
     best = if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT, decomposed=True)
-    return *best.halves, records
+    if not options.planned:
+        return Split(*best.halves, records)
+    stock = attempts[-1].bytes
+    planning = Planning(merge_equal(copy(best.decomposed)), outputs, stock, options.settings(stock), options.plan)
+    bound = [bind(each, decisions=planning.decisions, num_fwd_outputs=outputs) for each in passes.PLANNED]
+    gm, more = run(copy(planning.gm), joint_inputs, bound)
+    halves = cut_as_tagged(gm, joint_inputs, **kwargs)
+    if crossing_bytes(halves[0], outputs) >= best.bytes and options.memory_budget is None and options.plan is None:
+        take_back(more, "it saves no bytes: the exact graph saves no more")
+        return Split(*best.halves, [*records, *more])
+    return Split(*halves, [*records, *more], planning)

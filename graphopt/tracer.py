@@ -15,7 +15,7 @@ import contextlib
 import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,11 +33,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from graphopt import passes
 from graphopt.errors import CaptureError, GraphoptError
-from graphopt.graph import copy, fake_mode, hint, module_of, source_of, storage, storage_bytes, tensor
+from graphopt.graph import ENCODED, copy, fake_mode, hint, module_of, source_of, storage, storage_bytes, tensor
 from graphopt.lowering.decompose import decompose, inductor_table, tracing_table
 from graphopt.options import Options
 from graphopt.partition import crossing, cut
 from graphopt.pipeline import Pass, PassRecord, run
+from graphopt.plan import Plan
+from graphopt.plan.make import Planning
 from graphopt.split import split
 
 
@@ -75,16 +77,26 @@ class Capture:
         with _tracing(joint):
             return _saved(*min_cut_rematerialization_partition(joint, self.example_inputs, **arguments), arguments)
 
-    def lowmem(self, options: Options = Options()) -> tuple[tuple[SavedTensor, ...], tuple[PassRecord, ...]]:  # noqa: B008
-        """The tensors that `backend="lowmem"` saves, and what every pass did."""
+    def lowmem(
+        self,
+        options: Options = Options(),  # noqa: B008
+    ) -> tuple[tuple[SavedTensor, ...], tuple[PassRecord, ...], Planning | None]:
+        """The tensors that `backend="lowmem"` saves, what every pass did, and the plan where there is one."""
         with unset_fake_temporarily():
             forward, records = run(copy(self.forward), self.example_inputs, passes.FORWARD, options.disable)
         joint, arguments = copy(self.joint), self.partition_arguments
         if options.disable:  # the captured joint graph comes of the canonical forward graph
             joint, arguments = _joint_graph(forward, self.example_inputs, tracing_table())
         with _tracing(joint):
-            forward, backward, more = split(joint, self.example_inputs, options, **arguments)
-        return _saved(forward, backward, arguments), (*records, *more)
+            halves = split(joint, self.example_inputs, options, **arguments)
+        saved = _saved(halves.forward, halves.backward, arguments)
+        return saved, (*records, *halves.records), halves.planning
+
+    def frontier(self, options: Options = Options()) -> list[Plan]:  # noqa: B008
+        """The best plans from most bytes to fewest, whatever the goal, by the codecs that the options allow."""
+        allowed = replace(options, preset="compressed", memory_budget=1.0, plan=None)
+        planning = self.lowmem(allowed)[2]
+        return planning.frontier() if planning else []
 
     def rewritten(self, *rewrites: Pass) -> tuple[fx.GraphModule, list[PassRecord]]:
         """A copy of the joint graph after the passes `rewrites`, and what each of them did."""
@@ -199,6 +211,7 @@ def _describe(node: fx.Node, in_backward: fx.Node | None) -> SavedTensor:
     shape, size = tuple(hint(size) for size in value.shape), storage_bytes([value])
     target = maker.args[0].target if maker.target is operator.getitem else maker.target  # type: ignore[union-attr]
     name = str(getattr(target, "overloadpacket", target))
+    name = node.meta.get(ENCODED, name)
     # the state of the random numbers of a checkpointed region goes by another name in backward
     readers = tuple(sorted({module_of(user) for user in in_backward.users})) if in_backward else ()
     return SavedTensor(node.name, shape, value.dtype, size, name, module_of(maker), source_of(maker), readers)

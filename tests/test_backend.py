@@ -1,6 +1,7 @@
 """What compiles under Inductor compiles under lowmem: shapes, modes, precision, breaks, no gradients."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import distance, step
+from training import EXACT, distance, step
 
 # two orders of the same float32 roundings: neither is nearer to the exact gradient than the other by more than a factor
 ORDER = 3
@@ -54,7 +55,7 @@ def test_inductor_gives_eager_gradients_and_the_bytes_of_the_eager_backend():
 @pytest.mark.parametrize("backend", ["lowmem_eager", pytest.param("lowmem", marks=pytest.mark.slow)])
 def test_dynamic_shapes(backend):
     model = Net()
-    compiled, exact = torch.compile(model, backend=backend, dynamic=True), copy.deepcopy(model).double()
+    compiled, exact = torch.compile(model, backend=backend, dynamic=True, options=EXACT), copy.deepcopy(model).double()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in [(2, 5), (3, 7), (6, 4)]:
             x = torch.randn(*size, 32)
@@ -67,7 +68,7 @@ def test_dropout_with_dynamic_shapes_packs_its_mask():
         def forward(self, x):
             return F.dropout(F.gelu(x * 2), 0.5)
 
-    compiled = torch.compile(Mask(), backend="lowmem_eager", dynamic=True)
+    compiled = torch.compile(Mask(), backend="lowmem_eager", dynamic=True, options=EXACT)
     for size in ((64, 33), (17, 95), (31, 31)):
         x = torch.rand(size, requires_grad=True)
         y = compiled(x)
@@ -160,7 +161,7 @@ def test_the_bodies_of_higher_order_operators(grad):
 
     model, x = Cond(), torch.randn(4, 16, 32)
     model.net.requires_grad_(False).first.requires_grad_(grad)
-    compiled = torch.compile(model, backend="lowmem")
+    compiled = torch.compile(model, backend="lowmem", options=EXACT)
     torch.testing.assert_close(compiled(x), model(x))
     if grad:
         compiled(x).square().sum().backward()
@@ -183,13 +184,14 @@ def test_inductors_options_reach_the_decompositions():
 
 
 @pytest.mark.slow
-def test_modes_of_inductor_pass_through():
+def test_modes_of_inductor_pass_through(monkeypatch):
+    monkeypatch.setenv("GRAPHOPT_OPTIONS", json.dumps(EXACT))
     check(Net(), (torch.randn(4, 16, 32),), backend="lowmem", mode="reduce-overhead")
 
 
 def test_a_compiled_step_may_be_taken_twice_and_accumulates():
     model, x = Net(), torch.randn(4, 16, 32)
-    compiled = torch.compile(model, backend="lowmem_eager")
+    compiled = torch.compile(model, backend="lowmem_eager", options=EXACT)
     compiled(x).square().sum().backward()
     once = [p.grad.clone() for p in model.parameters()]
     compiled(x).square().sum().backward()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import graphopt
 from graphopt.memory import peak_bytes, saved_bytes
 
 FLOAT = 4
@@ -149,7 +150,10 @@ def test_the_demo_runs_end_to_end(demo, tmp_path):
     subprocess.run(command, check=True, timeout=600)
     results = json.loads((tmp_path / "results.json").read_text())
     inductor, lowmem = results["backends"]["inductor"], results["backends"]["lowmem"]
-    assert lowmem["saved_bytes"] < inductor["saved_bytes"]
-    # the same weights and batch; dropout may draw other numbers, which moves the first loss by far less than this
-    assert abs(lowmem["losses"][0] - inductor["losses"][0]) < 0.1
+    assert results["options"] == str(graphopt.Options())
+    # float32 in 8 bits, beside what stays as it is
+    assert lowmem["saved_bytes"] < inductor["saved_bytes"] / 2
+    # the same weights and batches; dropout may draw other numbers, which moves a loss by far less than this; so does an
+    # error of a percent in the gradient between the two
+    assert all(abs(a - b) < 0.1 for a, b in zip(lowmem["losses"], inductor["losses"], strict=True))
     assert (tmp_path / "demo.png").stat().st_size > 0 and (tmp_path / "report.html").stat().st_size > 0

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from training import distance, step
+from training import EXACT, distance, step
 
 import graphopt
 from graphopt import backend
 from graphopt.graph import storage_bytes
+from graphopt.options import PRESETS
 from graphopt.partition import crossing
 
 EXPENSIVE = ("mm", "convolution", "scaled_dot_product", "rand", "bernoulli", "sort", "cumsum", "embedding")
@@ -59,9 +60,10 @@ class MLP(nn.Module):
         return self.down(F.dropout(h * self.up(x) if self.gate else h, self.dropout))
 
 
-def test_no_matmul_and_no_attention_runs_twice(halves):
+@pytest.mark.parametrize("preset", ["compressed", "exact", "paper"])
+def test_no_matmul_and_no_attention_runs_twice(halves, preset):
     model = nn.Sequential(nn.Linear(32, 32), Attention(), MLP(), MLP("silu"))
-    step(model, (torch.randn(2, 16, 32),))
+    step(model, (torch.randn(2, 16, 32),), options={"preset": preset, "time_slack": 10})
     forward, backward = halves[0]
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     matmuls = Counter(name for name in expensive(backward).elements() if name in ("mm", "addmm", "bmm"))
@@ -94,9 +96,10 @@ def test_an_activation_keeps_one_tensor(halves, activation):
     assert storage_bytes(node.meta["val"] for node in crossing(halves[0][0], 1)) == 4 * 32 * (32 + 64)
 
 
-def test_random_numbers_are_drawn_in_forward_only(halves):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_random_numbers_are_drawn_in_forward_only(halves, preset):
     model = nn.Sequential(nn.Linear(32, 32), Attention(0.2), MLP(dropout=0.2), nn.Dropout(0.3))
-    step(model, (torch.randn(2, 16, 32),))
+    step(model, (torch.randn(2, 16, 32),), options={"preset": preset, "time_slack": 10})
     assert not any("rand" in name or "bernoulli" in name for name in expensive(halves[0][1]))
 
 
@@ -107,10 +110,10 @@ class Masks(nn.Module):
         return F.dropout(F.gelu(x * 2), 0.5)
 
 
-def masks_agree(backend: str) -> bool:
+def masks_agree(backend: str, **settings: object) -> bool:
     """Whether the elements that forward dropped are those whose gradient is zero."""
     x = torch.rand(64, 128, requires_grad=True)  # positive, so that neither gelu nor its derivative is zero by itself
-    y = torch.compile(Masks(), backend=backend)(x)
+    y = torch.compile(Masks(), backend=backend, **settings)(x)
     y.sum().backward()
     return torch.equal(x.grad != 0, y != 0)
 
@@ -122,7 +125,12 @@ BUDGETS += [pytest.param("lowmem", budget, marks=pytest.mark.slow) for budget in
 @pytest.mark.parametrize("backend, budget", BUDGETS)
 def test_dropout_masks_agree(backend, budget):
     with torch._functorch.config.patch(activation_memory_budget=budget):
-        assert masks_agree(backend)
+        assert masks_agree(backend, options=EXACT)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_dropout_masks_agree_under_every_preset(preset):
+    assert masks_agree("lowmem_eager", options={"preset": preset, "time_slack": 10})
 
 
 @pytest.mark.slow
@@ -131,7 +139,7 @@ def test_the_test_above_catches_masks_that_disagree(knob):
     with torch._functorch.config.patch(knob):
         assert not masks_agree("inductor")
         torch._dynamo.reset()
-        assert masks_agree("lowmem_eager")
+        assert masks_agree("lowmem_eager", options=EXACT)
 
 
 def test_a_checkpointed_region_saves_its_inputs_only():
@@ -160,14 +168,16 @@ def test_a_checkpointed_region_saves_its_inputs_only():
 )
 def test_what_backward_compares_for_equality_is_not_made_anew(halves, function):
     linear, x = nn.Linear(32, 32), torch.randn(48, 32)
-    torch.compile(lambda x: function(F.gelu(linear(x))), backend="lowmem_eager")(x).sum().backward()
+    compiled = torch.compile(lambda x: function(F.gelu(linear(x))), backend="lowmem_eager", options=EXACT)
+    compiled(x).sum().backward()
     for node in halves[0][1].graph.find_nodes(op="call_function", target=torch.ops.aten.eq.Tensor):
         compared = [each for each in node.all_input_nodes if each.op != "placeholder"]
         exact = (torch.ops.aten.abs.default,)  # and views round nothing
         assert all(each.target.is_view or each.target in exact for each in compared)
 
 
-def test_never_more_bytes_than_stock():
+@pytest.mark.parametrize("preset", ["compressed", "smallest", "exact"])
+def test_never_more_bytes_than_stock(preset):
     """A norm in front of kernels that save its output by themselves, and other shapes where rewriting gains nothing."""
     norm, heads = nn.LayerNorm(32), nn.Linear(32, 32)
     functions = [
@@ -178,7 +188,8 @@ def test_never_more_bytes_than_stock():
     ]
     for function in functions:
         capture = graphopt.capture(function, torch.randn(4, 64, 32, requires_grad=True))
-        assert sum(each.bytes for each in capture.lowmem()[0]) <= sum(each.bytes for each in capture.saved)
+        saved = capture.lowmem(graphopt.Options(preset))[0]
+        assert sum(each.bytes for each in saved) <= sum(each.bytes for each in capture.saved)
 
 
 def test_never_more_bytes_than_without_a_rewrite():
@@ -192,7 +203,7 @@ def test_never_more_bytes_than_without_a_rewrite():
 
     capture = graphopt.capture(function, torch.randn(4, 64, 32))
     kept = {
-        disable: sum(each.bytes for each in capture.lowmem(graphopt.Options(disable=disable))[0])
+        disable: sum(each.bytes for each in capture.lowmem(graphopt.Options("exact", disable=disable))[0])
         for disable in ((), ("share_norm",))
     }
     assert kept[()] <= kept[("share_norm",)]

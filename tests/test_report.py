@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from training import EXACT
 
 import graphopt
 from graphopt import Report
@@ -55,7 +56,7 @@ def tokens() -> Tensor:
 
 @pytest.fixture(scope="module")
 def report():
-    return graphopt.explain(stack(), tokens())
+    return graphopt.explain(stack(), tokens(), preset="exact")
 
 
 SETTINGS = {"dropout": {}, "plain": {"dropout": 0.0}, "lora": {"lora": True}, "autocast": {"autocast": True}}
@@ -65,9 +66,9 @@ SETTINGS = {"dropout": {}, "plain": {"dropout": 0.0}, "lora": {"lora": True}, "a
 @pytest.mark.parametrize("disable", [(), ("share_norm",), ("pack_mask",)], ids=["all", "no share_norm", "no pack_mask"])
 def test_bytes_now_are_what_autograd_keeps(settings, disable):
     model, x = stack(**settings), tokens()
-    report = graphopt.explain(model, x, options={"disable": disable})
+    report = graphopt.explain(model, x, options=EXACT | {"disable": disable})
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="lowmem_eager", options={"disable": list(disable)})
+    compiled = torch.compile(model, backend="lowmem_eager", options=EXACT | {"disable": list(disable)})
     kept = saved_bytes(lambda: compiled(x).sum(), [*model.parameters(), x])
     assert report.bytes_now == kept
 
@@ -114,7 +115,7 @@ def test_what_a_pass_leaves_alone_is_shown_with_its_reason():
     def checkpointed(x: Tensor) -> Tensor:
         return checkpoint(block, x, use_reentrant=False).sum()
 
-    report = graphopt.explain(checkpointed, tokens())
+    report = graphopt.explain(checkpointed, tokens(), preset="exact")
     reasons = {event.text for record in report.records for event in record.left_alone}
     assert any("checkpointed" in reason for reason in reasons)
     shown, page = " ".join(str(report).split()), parsed(report._repr_html_()).text
@@ -249,7 +250,7 @@ TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_atten
 
 def test_share_norm_fires_on_every_norm_of_llama():
     model, ids = llama(2, **TINY), torch.zeros(2, 32, dtype=torch.long)
-    report = graphopt.explain(model, input_ids=ids, labels=ids)
+    report = graphopt.explain(model, input_ids=ids, labels=ids, preset="exact")
     norms = {name for name, module in model.named_modules() if type(module).__name__ == "LlamaRMSNorm"}
     (record,) = [record for record in report.records if record.name == "share_norm"]
     assert {event.module for event in record.fired} == norms and not record.left_alone

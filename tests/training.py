@@ -13,15 +13,21 @@ from torch import Tensor, nn
 from graphopt.memory import saved_bytes
 
 Gradients = dict[str, Tensor]
+EXACT = {"preset": "exact"}  # options of a test on the exact rewrites, or on codes of activations
 
 
 def step(
-    model: nn.Module, inputs: Sequence[Any], backend: str | None = "lowmem_eager", seed: int = 7, **options: Any
+    model: nn.Module, inputs: Sequence[Any], backend: str | None = "lowmem_eager", seed: int = 7, **settings: Any
 ) -> tuple[Tensor, Gradients, int]:
-    """The model's output, the gradients of its parameters and float inputs, and the bytes saved, for mean(output^2)."""
+    """The model's output, the gradients of its parameters and float inputs, and the bytes saved, for mean(output^2).
+
+    `settings` are those of torch.compile. Preset "exact" where its options name no other; a `mode` takes no options.
+    """
+    if backend in ("lowmem", "lowmem_eager") and "mode" not in settings:
+        settings["options"] = {**EXACT, **settings.get("options", {})}
     model = copy.deepcopy(model)
     inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
-    function: Callable[..., Tensor] = model if backend is None else torch.compile(model, backend=backend, **options)
+    function: Callable[..., Tensor] = model if backend is None else torch.compile(model, backend=backend, **settings)
     outputs: list[Tensor] = []
     torch.manual_seed(seed)
     kept = saved_bytes(lambda: outputs.append(function(*inputs)), [*model.parameters(), *model.buffers(), *inputs])

@@ -14,6 +14,7 @@ from graphopt.demo import show
 from graphopt.demo.data import Data, digits, text
 from graphopt.demo.models import LENGTH
 from graphopt.demo.train import Run, step_ratio, train
+from graphopt.options import parse
 
 BACKENDS = ("inductor", "lowmem")
 
@@ -28,7 +29,8 @@ def run(name: str, *, steps: int, out: Path, seed: int) -> None:
     ratio = step_ratio(*runs, data.train(steps), device)
     parameters = sum(parameter.numel() for parameter in runs[0].model.parameters())
     precision = "bf16 autocast" if device.type == "cuda" else "fp32"
-    title = f"{name}, {parameters / 1e6:.1f} M parameters, {device.type}, {precision}"
+    options, _ = parse(None)  # those of the environment, where there are any
+    title = f"{name}, {parameters / 1e6:.1f} M parameters, {device.type}, {precision}; lowmem: {options}"
     console.print(show.table(*runs, ratio, title))
 
     out.mkdir(parents=True, exist_ok=True)
@@ -42,6 +44,7 @@ def run(name: str, *, steps: int, out: Path, seed: int) -> None:
         "input_shape": list(inputs[0].shape),
         "steps": steps,
         "seed": seed,
+        "options": str(options),
     }
     setting |= {"device": device.type, "precision": precision, "torch": torch.__version__}
     show.write_results(out / "results.json", setting, runs, ratio)

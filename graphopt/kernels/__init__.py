@@ -2,6 +2,7 @@
 
 activation   y = f(x) with the two-bit code of f'(x); dx = dy * levels[code]
 norm         LayerNorm and RMSNorm to y, z, rstd; dx, dweight, dbias from z
+group_quant  saved tensors in 8, 4 or 2 bits: codes and scales of groups of values, and values from these
 language     Triton, or what stands in for it where it is not installed
 ops          the operators that run them, torch.ops.graphopt.activation_forward and the like
 

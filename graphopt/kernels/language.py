@@ -23,3 +23,8 @@ else:
 
 def jit(function: Any) -> Any:
     return triton.jit(function) if INSTALLED else function
+
+
+def constexpr(value: Any) -> Any:
+    """A constant of a module that its kernels may read."""
+    return tl.constexpr(value) if INSTALLED else value

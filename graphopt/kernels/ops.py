@@ -4,6 +4,8 @@
     activation_backward   dx = grad * levels[code]; the code is that of grad in row-major order
     norm_forward          y, z, rstd of LayerNorm (centred) or RMSNorm
     norm_backward         dx, dweight, dbias from z; one of the latter two that `mask` leaves out is empty
+    group_encode          codes of 8, 4 or 2 bits, then what each group keeps; with a seed they are dithered
+    group_decode          x_ of a given shape from codes, what groups keep, and the seed
 
 On CUDA the kernel runs where it supports its arguments, everywhere else the reference. In eager mode autograd keeps
 the code alone of an activation; of a norm z, rstd and weight.
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from graphopt.graph import inverse, memory_order
-from graphopt.kernels import activation, norm
+from graphopt.kernels import activation, group_quant, norm
 from graphopt.lowering.activations import ACTIVATIONS
 from graphopt.lowering.codes import SCHEMES
 
@@ -54,19 +56,20 @@ def _define(
 
 
 def _check_names(name: str, scheme: str) -> None:
-    for what, given, allowed in (("activation", name, tuple(ACTIVATIONS)), ("scheme", scheme, SCHEMES)):
-        if given not in allowed:
-            raise ValueError(f"{what} {given!r} is not one of {', '.join(map(repr, allowed))}")
+    _check_one_of("activation", name, tuple(ACTIVATIONS))
+    _check_one_of("scheme", scheme, SCHEMES)
+
+
+def _check_one_of(what: str, given: object, allowed: tuple[object, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{what} {given!r} is not one of {', '.join(map(repr, allowed))}")
 
 
 def _check_activation(x: Tensor, name: str, scheme: str, seed: Tensor | None) -> None:
     _check_names(name, scheme)
     _require(x.is_floating_point(), lambda: f"activation_forward: x is {x.dtype}, not floating point")
     if scheme == "unbiased":
-        _require(
-            seed is not None and (seed.dtype, seed.numel(), seed.device) == (torch.int64, 1, x.device),
-            lambda: f"activation_forward: 'unbiased' draws from a seed, one int64 on {x.device}, not {_about(seed)}",
-        )
+        _check_seed("activation_forward: 'unbiased' draws from a seed,", seed, x.device)
 
 
 def _check_code(grad: Tensor, code: Tensor, name: str, scheme: str) -> None:
@@ -105,6 +108,46 @@ def _check_shape(what: str, given: Tensor | None, shape: tuple[int, ...], device
         given is None or (tuple(given.shape) == shape and given.device == device),
         lambda: f"{what} is {_about(given)}, not {shape} on {device}",
     )
+
+
+def _check_seed(what: str, seed: Tensor | None, device: torch.device) -> None:
+    _require(
+        seed is not None and (seed.dtype, seed.numel(), seed.device) == (torch.int64, 1, device),
+        lambda: f"{what} one int64 on {device}, not {_about(seed)}",
+    )
+
+
+def _check_encode(x: Tensor, bits: int, group: int, symmetric: bool, seed: Tensor | None) -> None:
+    _check_one_of("bits", bits, group_quant.BITS)
+    _check_one_of("group", group, group_quant.GROUPS)
+    _require(x.is_floating_point(), lambda: f"group_encode: x is {x.dtype}, not floating point")
+    if seed is not None:
+        _check_seed("group_encode: the seed is", seed, x.device)
+
+
+def _check_decode(
+    codes: Tensor, kept: Sequence[Tensor], seed: Tensor | None, bits: int, shape: Sequence[int], dtype: torch.dtype
+) -> None:
+    _check_one_of("bits", bits, group_quant.BITS)
+    _require(dtype.is_floating_point, lambda: f"group_decode: dtype is {dtype}, not floating point")
+    _require(
+        codes.dtype == torch.uint8 and codes.dim() == 2,
+        lambda: f"group_decode: codes are {_about(codes)}, not 2 dims of uint8",
+    )
+    group = codes.shape[1] * 8 // bits
+    _check_one_of("group", group, group_quant.GROUPS)
+    numel = math.prod(shape)
+    _require(
+        codes.shape[0] == (numel + group - 1) // group,
+        lambda: f"group_decode: {codes.shape[0]} groups of {group} are not those of shape {tuple(shape)}",
+    )
+    _require(len(kept) in (1, 2), lambda: f"group_decode: groups keep one number or two, not {len(kept)}")
+    for each in kept:
+        _check_shape("group_decode: what groups keep", each, (codes.shape[0], 1), codes.device)
+    dtypes = {each.dtype for each in kept}
+    _require(dtypes == {torch.bfloat16}, lambda: f"group_decode: what groups keep is {dtypes}, not bfloat16")
+    if seed is not None:
+        _check_seed("group_decode: the seed is", seed, codes.device)
 
 
 def _about(given: Tensor | None) -> str:
@@ -162,6 +205,14 @@ def _differentiate_norm(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | No
     return dx, None, dweight if mask[0] else None, dbias if mask[1] else None, None, None, None
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.mark_non_differentiable(*output)
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> tuple[None, ...]:
+    return (None,) * 5
+
+
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
         "graphopt's operators have no second derivative: double backward (create_graph) is not supported"
@@ -202,11 +253,28 @@ _define(
     kernel=norm.backward,
     supports=_supports_norm_backward,
 )
+_define(
+    "group_encode(Tensor x, int bits, int group, bool symmetric, Tensor? seed) -> Tensor[]",
+    check=_check_encode,
+    reference=group_quant.reference_encode,
+    fake=lambda x, bits, group, symmetric, _: group_quant.empty_encode(x, bits, group, symmetric),
+    kernel=group_quant.encode,
+    supports=lambda x, bits, group, *_: group_quant.supports(x.dtype, x.numel() // group),
+)
+_define(
+    "group_decode(Tensor codes, Tensor[] kept, Tensor? seed, int bits, SymInt[] shape, ScalarType dtype) -> Tensor",
+    check=_check_decode,
+    reference=group_quant.reference_decode,
+    fake=lambda codes, kept, seed, bits, shape, dtype: codes.new_empty(shape, dtype=dtype),
+    kernel=group_quant.decode,
+    supports=lambda codes, kept, seed, bits, shape, dtype: group_quant.supports(dtype, codes.shape[0]),
+)
 torch.library.register_autograd(
     "graphopt::activation_forward", _differentiate_activation, setup_context=_save_code, lib=_library
 )
 torch.library.register_autograd(
     "graphopt::norm_forward", _differentiate_norm, setup_context=_save_normalised, lib=_library
 )
+torch.library.register_autograd("graphopt::group_encode", _no_gradient, setup_context=_save_nothing, lib=_library)
 for name in ("activation_backward", "norm_backward"):
     torch.library.register_autograd(f"graphopt::{name}", _no_double_backward, lib=_library)

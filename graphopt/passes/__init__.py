@@ -5,6 +5,7 @@ To add one: a file here, a row in its tuple.
     JOINT         the joint graph of forward and backward
     APPROXIMATE   the joint graph with what exact derivatives keep marked; they run where an option asks for them
     AFTER_CUT     the decomposed joint graph with what a first cut would save marked
+    PLANNED       the decomposed joint graph, to write a plan into
     HALVES        each of the two graphs that the cut has made
 `graphopt.split` cuts after each and takes back what saves no bytes.
 """
@@ -12,6 +13,7 @@ To add one: a file here, a row in its tuple.
 from graphopt.lowering.decompose import decompose, lower
 from graphopt.passes.approx_activation import approx_activation
 from graphopt.passes.canonicalize import canonicalize
+from graphopt.passes.encode import encode
 from graphopt.passes.pack_mask import pack_mask
 from graphopt.passes.share_norm import share_norm
 
@@ -19,12 +21,13 @@ FORWARD = (canonicalize,)
 JOINT = (share_norm,)
 APPROXIMATE = (approx_activation,)
 AFTER_CUT = (pack_mask,)
+PLANNED = (encode,)
 HALVES = (lower,)
 
 # decompose and lower spell out what the others leave behind and cannot be left out
-NAMES = tuple(each.__name__ for each in (*FORWARD, *JOINT, *APPROXIMATE, *AFTER_CUT))
+NAMES = tuple(each.__name__ for each in (*FORWARD, *JOINT, *APPROXIMATE, *AFTER_CUT, *PLANNED))
 
 __all__ = [
-    "AFTER_CUT", "APPROXIMATE", "FORWARD", "HALVES", "JOINT", "NAMES",
-    "approx_activation", "canonicalize", "decompose", "lower", "pack_mask", "share_norm",
+    "AFTER_CUT", "APPROXIMATE", "FORWARD", "HALVES", "JOINT", "NAMES", "PLANNED",
+    "approx_activation", "canonicalize", "decompose", "encode", "lower", "pack_mask", "share_norm",
 ]  # fmt: skip

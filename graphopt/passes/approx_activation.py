@@ -25,7 +25,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.errors import OptionsError
-from graphopt.graph import after_tangents, fake_mode, hint, in_backward, in_checkpoint, inverse, memory_order, splice
+from graphopt.graph import (
+    after_tangents,
+    fake_mode,
+    hint,
+    in_backward,
+    in_checkpoint,
+    inverse,
+    memory_order,
+    place_behind,
+    splice,
+)
 from graphopt.lowering import ops  # noqa: F401  (registers the operators named below)
 from graphopt.lowering.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE
 from graphopt.lowering.code_tables import CODES
@@ -186,7 +196,7 @@ def _rewrite(graph: fx.Graph, found: Slope, scheme: str) -> None:
             return dx
         return dx.permute(memory_order(exact)).contiguous().permute(inverse(memory_order(exact)))
 
-    words = splice(graph, _after(found.read), forward, (found.read,), like=_forward_node(found),
+    words = splice(graph, place_behind(found.read), forward, (found.read,), like=_forward_node(found),
                    decompositions=table)  # fmt: skip
     words.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # drawn once, whatever may be recomputed
     dx = splice(graph, found.node, gradient, (found.node.args[0], words), like=found.node, decompositions=table)
@@ -199,13 +209,6 @@ def _exact(node: fx.Node) -> Tensor:
     given = fx.map_arg(node.args, lambda each: each.meta["val"])
     with fake_mode(node.graph), enable_python_dispatcher():
         return inductor_table()[node.target](*given, **node.kwargs)  # type: ignore[no-any-return]
-
-
-def _after(node: fx.Node) -> fx.Node:
-    """Where a reader of `node` may stand first; inputs come before all else."""
-    if node.op != "placeholder":
-        return node.next
-    return next(each for each in node.graph.nodes if each.op != "placeholder")  # type: ignore[no-any-return]
 
 
 def _forward_node(found: Slope) -> fx.Node:

@@ -5,6 +5,8 @@
     report.to_html("report.html")      # every tensor, with the source line that made it
     report.plot()                      # bars before and after
     report.tensors()                   # every tensor, as dictionaries
+    report.plan                        # what is kept, encoded and recomputed, and why
+    report.frontier()                  # what every other number of bytes would cost; .plot()
 
 Nothing of the model is executed, and nothing but torch is needed, except by plot().
 """
@@ -12,19 +14,40 @@ Nothing of the model is executed, and nothing but torch is needed, except by plo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphopt.errors import GraphoptError
 from graphopt.options import Options, parse
 from graphopt.pipeline import PassRecord
+from graphopt.plan import Plan
 from graphopt.report.grouping import Pair, matched
-from graphopt.tracer import SavedTensor, capture
+from graphopt.tracer import Capture, SavedTensor, capture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "explain"]
+__all__ = ["Frontier", "Report", "explain"]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The best plans from most bytes to fewest, and the plan that applies, if there is one."""
+
+    plans: tuple[Plan, ...]
+    chosen: Plan | None = None
+
+    def __str__(self) -> str:
+        from graphopt.report.plan import frontier_text
+
+        return frontier_text(self.plans)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: bytes against time and against error. ImportError if it is missing."""
+        from graphopt.report.plan import frontier_plot
+
+        return frontier_plot(self.plans, self.chosen)
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,14 @@ class Report:
     now: tuple[SavedTensor, ...]
     records: tuple[PassRecord, ...]
     options: Options
+    plan: Plan | None = None
+    capture: Capture | None = field(default=None, repr=False, compare=False)
+
+    def frontier(self) -> Frontier:
+        """The whole curve of plans: bytes against estimated time and error. It takes a cut for each of its points."""
+        if self.capture is None:
+            raise GraphoptError("this report was not made by graphopt.explain: there is no graph to make plans for")
+        return Frontier(tuple(self.capture.frontier(self.options)), self.plan)
 
     @property
     def bytes_before(self) -> int:
@@ -105,5 +136,5 @@ def explain(
     given = {**({"preset": preset} if preset else {}), **(options or {})}
     own, _ = parse(given or None)
     captured = capture(model, *inputs, **kwargs)
-    now, records = captured.lowmem(own)
-    return Report(captured.saved, now, records, own)
+    now, records, planning = captured.lowmem(own)
+    return Report(captured.saved, now, records, own, planning.plan if planning else None, captured)

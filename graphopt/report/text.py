@@ -19,7 +19,8 @@ LIMITS = 23, 14, 20, 6, 6
 
 def text(report: Report) -> str:
     """Totals, a table of saved tensors by module, and the passes."""
-    return "\n\n".join((_totals(report), _table(report), _passes(report)))
+    plan = [str(report.plan)] if report.plan else []
+    return "\n\n".join((_totals(report), _table(report), *plan, _passes(report)))
 
 
 def size(count: int) -> str:

@@ -61,6 +61,16 @@ def test_opcheck_norm(ndim, affine, layout, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_opcheck_groups(symmetric, layout, device):
+    x = LAYOUTS[layout](sample(2, 3, 4, 6, device=device))
+    for seed in (None, torch.tensor(5, device=device)):
+        opcheck(own.group_encode, (x.detach().requires_grad_(), 4, 32, symmetric, seed))
+        codes, *kept = own.group_encode(x, 4, 32, symmetric, seed)
+        opcheck(own.group_decode, (codes, kept, seed, 4, x.shape, torch.bfloat16))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_fake_tensors_have_the_real_strides(symbolic, layout, device):
     x = LAYOUTS[layout](sample(4, 3, 5, 8, device=device))
@@ -69,6 +79,8 @@ def test_fake_tensors_have_the_real_strides(symbolic, layout, device):
     normed = own.norm_forward(x, x.shape[-1:], weight, None, 1e-5, True, torch.bfloat16)
     real = (y, code, own.activation_backward(x, code, "silu", "relu3"), *normed)
     real += own.norm_backward(x, *normed[1:], weight, 1, True, torch.float16, [True, False])
+    codes, *kept = own.group_encode(x, 2, 16, False, None)
+    real += (codes, *kept, own.group_decode(codes, kept, None, 2, x.shape, torch.float16))
     mode = FakeTensorMode(shape_env=ShapeEnv() if symbolic else None)
     with mode:
         x, weight = (mode.from_tensor(each, static_shapes=not symbolic) for each in (x, weight))
@@ -76,6 +88,8 @@ def test_fake_tensors_have_the_real_strides(symbolic, layout, device):
         normed = own.norm_forward(x, x.shape[-1:], weight, None, 1e-5, True, torch.bfloat16)
         fake = (y, code, own.activation_backward(x, code, "silu", "relu3"), *normed)
         fake += own.norm_backward(x, *normed[1:], weight, 1, True, torch.float16, [True, False])
+        codes, *kept = own.group_encode(x, 2, 16, False, None)
+        fake += (codes, *kept, own.group_decode(codes, kept, None, 2, x.shape, torch.float16))
         for found, expected in zip(fake, real):
             assert (
                 tuple(map(int, found.shape)) == expected.shape and tuple(map(int, found.stride())) == expected.stride()
@@ -148,6 +162,25 @@ def test_frozen_parameters_get_no_gradient(device):
     assert weight.grad is None and torch.equal(bias.grad, torch.full_like(bias, 4))
 
 
+def test_hooks_save_codes(device):
+    x, weight = (sample(64, 64, device=device).requires_grad_() for _ in range(2))
+
+    def encode(saved):
+        codes, *kept = own.group_encode(saved, 4, 64, True, None)
+        assert not any(each.requires_grad for each in (codes, *kept))
+        return codes, kept
+
+    def decode(parts):
+        return own.group_decode(*parts, None, 4, (64, 64), torch.float32)
+
+    def run():
+        with torch.autograd.graph.saved_tensors_hooks(encode, decode):
+            return x * weight
+
+    run().sum().backward()
+    assert torch.equal(x.grad, decode(encode(weight))) and torch.equal(weight.grad, decode(encode(x)))
+
+
 def test_errors_name_what_was_given(device):
     x = sample(4, 6, device=device)
     for name, scheme, seed, error, message in (
@@ -168,14 +201,40 @@ def test_errors_name_what_was_given(device):
         own.norm_backward(x, x, x[:, 0], None, 1, True, torch.float32, [True, True])
 
 
+def test_errors_of_groups_name_what_was_given(device):
+    x = sample(4, 64, device=device)
+    codes, *kept = own.group_encode(x, 4, 64, True, None)
+    for arguments, error, message in (
+        ((x, 3, 64, True, None), ValueError, "bits 3 is not one of 8, 4, 2"),
+        ((x, 4, 48, True, None), ValueError, "group 48 is not one of 8, 16"),
+        ((x.int(), 4, 64, True, None), RuntimeError, "x is torch.int32, not floating point"),
+        ((x, 4, 64, True, x), RuntimeError, "one int64 on .*, not torch.float32"),
+    ):
+        with pytest.raises(error, match=message):
+            own.group_encode(*arguments)
+    for arguments, message in (
+        ((codes.int(), kept, None, 4, x.shape, x.dtype), r"codes are torch.int32 \(4, 32\)"),
+        ((codes, kept, None, 4, (5, 64), x.dtype), r"4 groups of 64 are not those of shape \(5, 64\)"),
+        ((codes, [], None, 4, x.shape, x.dtype), "one number or two, not 0"),
+        ((codes, [kept[0][:2]], None, 4, x.shape, x.dtype), r"\(2, 1\) on .*, not \(4, 1\)"),
+        ((codes, [kept[0].float()], None, 4, x.shape, x.dtype), "torch.float32.*, not bfloat16"),
+        ((codes, kept, x, 4, x.shape, x.dtype), "one int64 on .*, not torch.float32"),
+        ((codes, kept, None, 4, x.shape, torch.int32), "dtype is torch.int32, not floating point"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            own.group_decode(*arguments)
+
+
 def test_references_run_where_triton_is_missing():
     script = """
 import sys
 sys.modules["triton"] = None
 import torch
 import graphopt.lowering.ops
-from graphopt.kernels import activation, norm
+from graphopt.kernels import activation, group_quant, norm
 assert not activation.supports(torch.float32) and not norm.supports(64, torch.float32)
+assert not group_quant.supports(torch.float32, 1)
+torch.ops.graphopt.group_encode(torch.ones(3), 4, 64, True, None)
 torch.ops.graphopt.activation_forward(torch.ones(3), "gelu", "relu3", None)
 torch.ops.graphopt.norm_forward(torch.ones(3, 4), (4,), None, None, 1e-5, True, torch.float32)
 """

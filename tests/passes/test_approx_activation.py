@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from training import distance, step
+from training import EXACT, distance, step
 
 import graphopt
 from graphopt.lowering.code_tables import CODES
@@ -86,7 +86,7 @@ def step_function(name, scheme, dtype):
 
 
 def records(model, *inputs, **options):
-    saved, found = graphopt.capture(model, *inputs).lowmem(Options(**options))
+    saved, found, _ = graphopt.capture(model, *inputs).lowmem(Options(**EXACT | options))
     return saved, next(record for record in found if record.name == "approx_activation")
 
 
@@ -113,7 +113,7 @@ def test_drawn_slopes_are_unbiased(name):
     """The error of the mean over K draws falls as 1 / sqrt(K)."""
     model, x, draws = Net(FUNCTIONS[name]), torch.randn(256, WIDTH), 64
     _, exact, _ = step(model, (x,))
-    compiled = torch.compile(model, backend="lowmem_eager", options={"approx_activation": "unbiased"})
+    compiled = torch.compile(model, backend="lowmem_eager", options=EXACT | {"approx_activation": "unbiased"})
     drawn = []
     for _ in range(draws):
         model.zero_grad()
@@ -188,7 +188,7 @@ def test_two_activations_of_one_tensor_pay_together():
 def test_paper_shares_norms_and_codes_without_recomputing_more_than_stock():
     model = nn.Sequential(nn.Linear(32, WIDTH), nn.LayerNorm(WIDTH), Net(train_second=True))
     capture = graphopt.capture(model, torch.randn(64, 32))
-    saved, found = capture.lowmem(Options(preset="paper"))
+    saved, found, _ = capture.lowmem(Options("paper"))
     assert all(record.fired for record in found if record.name in ("share_norm", "approx_activation"))
     # stock keeps the norm's input and output, what the activation reads and what it gives; paper one of the first two,
     # and two bits for the third; beside them the norm's statistics
@@ -275,8 +275,9 @@ def test_a_code_comes_back_with_the_strides_of_what_it_codes(scheme):
 
 def test_dynamic_shapes():
     model = Net()
-    compiled = torch.compile(model, backend="lowmem_eager", dynamic=True, options={"approx_activation": "relu3"})
-    fixed = torch.compile(model, backend="lowmem_eager", dynamic=False, options={"approx_activation": "relu3"})
+    options = EXACT | {"approx_activation": "relu3"}
+    compiled = torch.compile(model, backend="lowmem_eager", dynamic=True, options=options)
+    fixed = torch.compile(model, backend="lowmem_eager", dynamic=False, options=options)
     for tokens in (64, 33, 7):
         x, found = torch.randn(tokens, WIDTH), []
         for function in (compiled, fixed):
@@ -339,7 +340,7 @@ def test_a_derivative_that_is_part_of_forward_stays_exact(name):
     def function(x):
         return torch.func.grad(lambda h: (FUNCTIONS[name](h) * scale).sum())(x @ weight)
 
-    compiled = torch.compile(function, backend="lowmem_eager", options={"approx_activation": "unbiased"})
+    compiled = torch.compile(function, backend="lowmem_eager", options=EXACT | {"approx_activation": "unbiased"})
     torch.testing.assert_close(compiled(x), function(x))
 
 
@@ -352,7 +353,7 @@ def test_a_gradient_that_is_the_input_itself():
         return (F.gelu(h) * h.detach()).sum() + F.gelu(first(x + 1)).sum()
 
     x = torch.randn(64, 32)
-    compiled = torch.compile(function, backend="lowmem_eager", options={"approx_activation": "relu3"})
+    compiled = torch.compile(function, backend="lowmem_eager", options=EXACT | {"approx_activation": "relu3"})
     compiled(x).backward()
     found, first.weight.grad = first.weight.grad, None
     h = first(x)

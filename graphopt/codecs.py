@@ -1,0 +1,160 @@
+"""Codecs: in how many bits a saved tensor crosses from forward to backward.
+
+    codec = CODECS["int8"]
+    parts = codec.encode(x)                     # what is saved instead of x
+    x_ = codec.decode(parts, x.shape, x.dtype)  # what backward reads
+    codec.bytes(numel), codec.error             # its price: bytes, and the relative error |x_ - x| / |x|
+
+Both functions are plain torch, traced into the forward and the backward graph, where Inductor fuses them into the
+kernels around them. Tensors are dense and contiguous; any shape, any float dtype. docs/codecs.md has the figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import OptionsError
+from graphopt.lowering import group_quant, ops, random  # noqa: F401  (ops registers pack and unpack)
+from graphopt.lowering.formulas import WORD, WORDS
+
+BITS = {"int8": 8, "int4": 4, "int2": 2, "fp8": 8}
+ROUNDINGS = ("nearest", "stochastic")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Groups of `group` consecutive values, `bits` a value, and a scale, or (asymmetric) lowest value and step.
+
+    `error` is the root of the mean square of |x_ - x| over that of |x|, for normally distributed x. An unbiased codec
+    draws: the mean of x_ is x.
+    """
+
+    name: str
+    bits: int
+    error: float
+    unbiased: bool = False
+    group: int = 64
+    symmetric: bool = True
+
+    def bytes(self, numel: int) -> int:
+        """What the encoded parts of `numel` values take."""
+        kept = torch.bfloat16.itemsize * (1 if self.symmetric else 2)
+        seed = torch.int64.itemsize if self.unbiased else 0
+        return math.ceil(numel / self.group) * (self.group * self.bits // 8 + kept) + seed
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The parts to save of x: codes, what each group keeps, and a seed if unbiased; contiguous, on x's device."""
+        if not self.unbiased:
+            return group_quant.encode(x, self.bits, self.group, self.symmetric, None)
+        seed = random.seed(x.device)
+        return *group_quant.encode(x, self.bits, self.group, self.symmetric, seed), seed
+
+    def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What `encode` had, with the codec's error, in `shape` and `dtype`; contiguous."""
+        codes, *kept = parts
+        seed = kept.pop() if self.unbiased else None
+        return group_quant.decode(codes, kept, seed, self.bits, shape, dtype)
+
+
+@dataclass(frozen=True)
+class Float8(Codec):
+    """Groups of float8_e4m3fn under one scale: the error of each value is relative to itself."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return group_quant.encode_float8(x, self.group)
+
+    def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        codes, magnitude = parts
+        return group_quant.decode_float8(codes, magnitude, shape, dtype)
+
+
+@dataclass(frozen=True)
+class Bits(Codec):
+    """One bit for each bool, 16 to a word: exact."""
+
+    def bytes(self, numel: int) -> int:
+        return math.ceil(numel / WORD) * WORDS[1].itemsize
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.ops.graphopt.pack(x, 1),)
+
+    def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.ops.graphopt.unpack(parts[0], shape, 1, dtype)  # type: ignore[no-any-return]
+
+
+MASK = Bits("bits", 1, 0.0, group=WORD)
+
+
+def codec(name: str, group_size: int = 64, rounding: str = "nearest", symmetric: bool = True) -> Codec:
+    """The codec of these options; `name` is int8, int4, int2 or fp8, which rounds to nearest and is symmetric.
+
+    A group is a power of two between 8 and 1024. Raises OptionsError for anything else.
+    """
+    if name not in BITS:
+        raise OptionsError(f"codec {name!r} is not one of {', '.join(BITS)}")
+    if rounding not in ROUNDINGS:
+        raise OptionsError(f"rounding {rounding!r} is not one of {', '.join(ROUNDINGS)}")
+    if group_size not in (8 << i for i in range(8)):
+        raise OptionsError(f"group_size {group_size!r} is not a power of two between 8 and 1024")
+    unbiased = rounding == "stochastic"
+    if name == "fp8":
+        if unbiased or not symmetric:
+            raise OptionsError("fp8 rounds to nearest and is symmetric")
+        return Float8(_name(name, group_size, False, True), 8, 0.025, group=group_size)
+    error = _error(BITS[name], group_size, unbiased, symmetric)
+    return Codec(_name(name, group_size, unbiased, symmetric), BITS[name], error, unbiased, group_size, symmetric)
+
+
+def _name(name: str, group: int, unbiased: bool, symmetric: bool) -> str:
+    parts = [name, "" if symmetric else "asymmetric", "" if group == 64 else str(group), "unbiased" if unbiased else ""]
+    return "-".join(part for part in parts if part)
+
+
+def _error(bits: int, group: int, unbiased: bool, symmetric: bool) -> float:
+    """step / sqrt(12), the root of its mean square over groups of normal numbers."""
+    last = (1 << bits) - (1 if unbiased or not symmetric else 2 if bits == 8 else 0)
+    if symmetric:
+        spread = 4 * _moments(lambda r: math.erf(r / math.sqrt(2)) ** group)[1]
+    else:  # highest less lowest, nearly independent of each other
+        mean, square = _moments(lambda r: (0.5 + 0.5 * math.erf(r / math.sqrt(2))) ** group)
+        spread = 2 * square + 2 * mean**2
+    return round(math.sqrt(spread / 12) / last, 5)
+
+
+def _moments(below: Callable[[float], float]) -> tuple[float, float]:
+    """Mean and mean square of a positive number whose chance to lie below r is given."""
+    width = 0.01
+    above = [(r, 1 - below(r)) for r in (width * (i + 0.5) for i in range(1000))]
+    return sum(p for _, p in above) * width, sum(2 * r * p for r, p in above) * width
+
+
+CODECS = {
+    each.name: each
+    for each in (
+        *(codec(name, rounding=rounding) for name in ("int8", "int4", "int2") for rounding in ROUNDINGS),
+        codec("fp8"),
+    )
+}
+
+
+def named(name: str) -> Codec:
+    """The codec whose `name` this is, such as "int4-32-unbiased". Raises OptionsError if it is none's."""
+    if name == MASK.name:
+        return MASK
+    kind, *rest = name.split("-")
+    size = next((int(each) for each in rest if each.isdigit()), 64)
+    found = codec(kind, size, ROUNDINGS["unbiased" in rest], "asymmetric" not in rest)
+    if found.name != name:
+        raise OptionsError(f"codec {name!r} is not known (did you mean {found.name!r}?)")
+    return found
+
+
+def within(tolerance: float, group_size: int = 64, rounding: str = "nearest") -> tuple[Codec, ...]:
+    """The integer codecs whose error is within a tolerance, from the finest."""
+    found = (codec(name, group_size, rounding) for name in BITS if name != "fp8")
+    return tuple(each for each in found if each.error <= tolerance)

@@ -1,0 +1,226 @@
+"""Saved tensors in few bits: groups of consecutive values under one scale, in plain torch, to be traced into a graph.
+
+    nearest    q = round(y),      x_ = (q - centre) * step + low         y = (x - low) / step + centre
+    dithered   q = floor(y + u),  x_ = (q + 1/2 - u - centre) * step + low,   u uniform in [0, 1)
+
+Symmetric, a group keeps its largest magnitude, and low is 0. To nearest in 4 and 2 bits that is signed: minus the value
+of largest magnitude, which so has code 0 whichever its sign is; zero is a level too, and no code is left over (Q4_0 of
+llama.cpp). Asymmetric, a group keeps its lowest value and the step. Dithered, decode makes the same u anew from a seed,
+so that the error is uniform in half a step each way, whatever x is: unbiased, at half the variance of stochastic
+rounding (subtractive dither: Schuchman 1964; Gray and Stockham 1993).
+
+Written for what Inductor makes of it. Scales are rounded by their bits: it elides a cast to bfloat16 and back within a
+kernel, and encode would then use another scale than decode. Codes are packed, and noise is made, in floats: its C++ is
+slow on vectors of integers. Of a group's n bytes, byte j has codes j, j + n, ...: slices of a group are read whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
+
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = torch.finfo(FLOAT8).max
+LIMIT = torch.finfo(torch.bfloat16).max / 2  # past it a decoded value could overflow float32
+TINY = 2.0**-118  # below it one over a step could
+MARGIN = 2.0**-10  # of a step, left free at either end of the levels: rounding errors cannot carry a code past them
+
+ROUNDS = (0x6A5D, 0x5BD1, 0x7A35, 0x4E6D)  # odd, of 15 bits: one of them times 16 bits stays below 2^31
+GOLDEN_RATIO = 0.6180339887498949
+
+
+def encode(x: Tensor, bits: int, group: int, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, ...]:
+    """Codes, uint8 [groups, group * bits / 8], and what the group keeps, bfloat16 [groups, 1] once or twice.
+
+    Codes are the nearest without a seed, dithered with one (int64, no dims). The last group is filled with zeros. A
+    group with inf or NaN, or a range past LIMIT, keeps NaN.
+    """
+    planes = _planes(_groups(x, group), bits)
+    signed = symmetric and seed is None and bits < 8
+    if signed:
+        low, high = _lowest(planes), _highest(planes)
+        magnitude = _scale(torch.maximum(high, -low))
+        scales = [torch.where(high > -low, -magnitude, magnitude)]
+    elif symmetric:
+        scales = [_scale(_highest([plane.abs() for plane in planes]))]
+    else:
+        low, high = -_round_up(-_lowest(planes)), _highest(planes)
+        last = 2**bits - 1 - (0 if seed is None else 2 * MARGIN)
+        scales = [low, torch.where(high - low <= LIMIT, _round_up((high - low) * (1 / last)), torch.nan)]
+    kept = [each.to(torch.bfloat16) for each in scales]
+    # read from what is saved, which Inductor's C++ has in memory by then: scales are not made anew for every code
+    centre, step, offset = _levels(kept, bits, dithered=seed is not None)
+    inverse = torch.where(step.abs() < torch.finfo(torch.float32).tiny, 0.0, 1 / step)
+    codes = [(plane if offset is None else plane - offset) * inverse for plane in planes]
+    if seed is None:
+        codes = [(code + centre).round() for code in codes]
+    else:
+        turns = _turns(seed, kept[0].shape[0], group, planes[0].shape[1])
+        codes = [(code + turn + (centre + _unit(group) / 2)).floor() for code, turn in zip(codes, turns)]
+    if signed:  # what lies past the last level, opposite to code 0
+        codes = [code.clamp(max=2**bits - 1) for code in codes]
+    return _pack(codes, bits), *kept
+
+
+def decode(
+    codes: Tensor, kept: Sequence[Tensor], seed: Tensor | None, bits: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """What `encode` made the codes of, up to its error, of `shape` in `dtype`."""
+    centre, step, offset = _levels(kept, bits, dithered=seed is not None)
+    group, whole = codes.shape[1] * 8 // bits, bits == 8 or not sliced(codes.device)
+    planes = [_unpack_whole(codes, bits)] if whole else _unpack(codes, bits)
+    if seed is None:
+        planes = [code - centre for code in planes]
+    else:
+        turns = _turns(seed, codes.shape[0], group, group if whole else codes.shape[1])
+        planes = [code - turn + (0.5 - _unit(group) / 2 - centre) for code, turn in zip(planes, turns)]
+    planes = [code * step for code in planes]
+    if offset is not None:
+        planes = [code + offset for code in planes]
+    planes = [_cast(code, dtype) for code in planes]
+    return _ungroup(planes[0] if whole else torch.cat(planes, 1), shape)
+
+
+def sliced(device: torch.device) -> bool:
+    """Whether decode writes a group slice by slice.
+
+    Inductor's C++ then runs along whole vectors; its Triton code would run as a kernel apart from what reads it.
+    """
+    return device.type == "cpu"
+
+
+def encode_float8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [groups, group], and bfloat16 [groups, 1]: the largest magnitude, which is float8's largest."""
+    values = _groups(x, group).float()
+    magnitude = _scale(values.abs().amax(1, keepdim=True))
+    inverse = torch.where(magnitude == 0, 0.0, FLOAT8_MAX / magnitude)
+    return (values * inverse).to(FLOAT8), magnitude.to(torch.bfloat16)
+
+
+def decode_float8(codes: Tensor, magnitude: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The inverse of `encode_float8`, up to its error, of `shape` in `dtype`."""
+    return _ungroup(_cast(codes.float() * (magnitude.float() * (1 / FLOAT8_MAX)), dtype), shape)
+
+
+def _groups(x: Tensor, group: int) -> Tensor:
+    """x of any shape -> [groups, group], the last filled with zeros."""
+    flat = x.reshape(-1)
+    if not statically_known_true(x.numel() % group == 0):
+        flat = F.pad(flat, (0, -x.numel() % group))
+    return flat.view(-1, group)
+
+
+def _ungroup(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """[groups, group] -> the values of `shape`, without what the last group was filled with."""
+    numel, flat = math.prod(shape), values.view(-1)
+    return (flat if statically_known_true(numel % values.shape[1] == 0) else flat[:numel]).view(shape)
+
+
+def _scale(magnitude: Tensor) -> Tensor:
+    """The float32 magnitudes of groups, rounded up to bfloat16: 0 below TINY, NaN past LIMIT and of NaN."""
+    return torch.where(magnitude < TINY, 0.0, torch.where(magnitude <= LIMIT, _round_up(magnitude), torch.nan))
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 -> dtype; float16's range is the only one that half a step can lead out of."""
+    if dtype == torch.float16:
+        values = values.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return values.to(dtype)
+
+
+def _round_up(value: Tensor) -> Tensor:
+    """The least number of bfloat16 that is not below each float32, as float32; finite for inf and NaN."""
+    pattern = value.view(torch.int32).clamp(max=0x7F7F0000)
+    return (torch.where(pattern < 0, pattern, pattern + 0xFFFF) & -0x10000).view(torch.float32)
+
+
+def _levels(kept: Sequence[Tensor], bits: int, dithered: bool) -> tuple[float, Tensor, Tensor | None]:
+    """centre, step and low (none if symmetric) of what groups keep."""
+    if len(kept) == 2:
+        return MARGIN if dithered else 0.0, kept[1].float(), kept[0].float()
+    if dithered:
+        last = 2**bits - 1
+        return last / 2, kept[0].float() * (1 / (last / 2 - MARGIN)), None
+    centre = 127.0 if bits == 8 else 2.0 ** (bits - 1)
+    return centre, kept[0].float() * (1 / centre), None
+
+
+def _planes(values: Tensor, bits: int) -> list[Tensor]:
+    """[groups, group] -> as many slices of a group, in float32, as a byte has codes."""
+    return [plane.float() for plane in torch.split(values, values.shape[1] * bits // 8, 1)]
+
+
+def _highest(planes: Sequence[Tensor]) -> Tensor:
+    """[groups, 1]; over planes first, so that all loops over a group have one length."""
+    return functools.reduce(torch.maximum, planes).amax(1, keepdim=True)
+
+
+def _lowest(planes: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.minimum, planes).amin(1, keepdim=True)
+
+
+def _pack(planes: Sequence[Tensor], bits: int) -> Tensor:
+    """Whole numbers below 2^bits -> bytes, the first plane in the lowest bits."""
+    packed = planes[0]
+    for index, plane in enumerate(planes[1:], 1):
+        packed = packed + plane * 2.0 ** (bits * index)
+    return packed.to(torch.uint8)
+
+
+def _unpack(codes: Tensor, bits: int) -> list[Tensor]:
+    """The inverse of `_pack`, in float32."""
+    planes, rest = [], codes.float()
+    for _ in range(8 // bits - 1):
+        above = (rest * 0.5**bits).floor()
+        planes.append(rest - above * 2.0**bits)
+        rest = above
+    return [*planes, rest]
+
+
+def _unpack_whole(codes: Tensor, bits: int) -> Tensor:
+    """As `_unpack`, the planes side by side."""
+    if bits == 8:
+        return codes.float()
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=codes.device).unsqueeze(1)
+    values: Tensor = (codes.to(torch.int32).unsqueeze(1) >> shifts) & (2**bits - 1)
+    return values.float().view(codes.shape[0], codes.shape[1] * 8 // bits)
+
+
+def _unit(group: int) -> float:
+    """What a turn is a multiple of: as fine as float32 has the sums of `_turns` exact.
+
+    So encode and decode agree, whatever is fused or contracted.
+    """
+    return 2.0 ** -(23 - math.ceil(math.log2(group)))
+
+
+def _turns(seed: Tensor, count: int, group: int, width: int) -> list[Tensor]:
+    """u - unit / 2 in [0, 1) for `count` groups, in slices of `width`.
+
+    From a hash of the group on in steps of the golden ratio. Each value is uniform, which is all that an unbiased code
+    takes; across groups they are independent, within one spread out evenly.
+    """
+    unit = _unit(group)
+    start = (_hash(seed, count) & int(1 / unit - 1)).float() * unit
+    # Inductor keeps what has strides of its own in memory; otherwise it hashes anew for every value, and splits kernels
+    start = start.as_strided((count, 1), (1, 1))
+    place = torch.arange(group, dtype=torch.float32, device=seed.device) * (round(GOLDEN_RATIO / unit) * unit)
+    sums = [start + each for each in torch.split(place, width)]
+    return [each - each.floor() for each in sums]
+
+
+def _hash(seed: Tensor, count: int) -> Tensor:
+    """int32 [count], 24 bits: a Feistel network over the index, keyed by the seed; nothing overflows."""
+    index = torch.arange(count, dtype=torch.int32, device=seed.device)
+    left, right = (index >> 16) & 0xFFFF, index & 0xFFFF
+    for i, factor in enumerate(ROUNDS):
+        key = ((seed >> (16 * i)) & 0xFFFF).to(torch.int32)
+        product = (right ^ key) * factor
+        left, right = right, (left ^ product ^ (product >> 13)) & 0xFFFF
+    return (left << 8) ^ right

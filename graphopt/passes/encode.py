@@ -1,0 +1,158 @@
+"""encode (approximate where a codec is): a plan written into a joint graph.
+
+Before   backward reads forward values as they are; the cut decides which are saved.
+Now      it reads what is saved as it is, decode(encode(v)) of what the plan encodes, and copies of what the plan
+         recomputes, which read decoded values too. The cut has nothing left to decide.
+Costs    an encoder beside each value's producer, a decoder in backward's first reader, the recomputation planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from graphopt.codecs import Codec
+from graphopt.graph import (
+    ENCODED,
+    after_tangents,
+    copy_node,
+    inverse,
+    memory_order,
+    operator_name,
+    owners,
+    place_behind,
+    splice,
+)
+from graphopt.lowering.decompose import inductor_table
+from graphopt.lowering.random import fuse_seeds
+from graphopt.pipeline import fired
+from graphopt.plan import KEEP, RECOMPUTE
+
+Traced = dict[Any, fx.GraphModule]
+
+
+def encode(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[object] = (),
+    *,
+    decisions: Mapping[str, Codec | str],
+    num_fwd_outputs: int,
+) -> fx.GraphModule:
+    """Write decisions into a decomposed joint graph: by the name of a node a codec, "recompute" or "keep".
+
+    Views go with what they show, and what is not named is left to the cut. What is encoded must be dense in memory.
+    """
+    graph, owner, after = gm.graph, owners(gm.graph), after_tangents(gm.graph)
+    parts: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    traced: Traced = {}
+    for node in list(graph.nodes):
+        decision = decisions.get(node.name)
+        if isinstance(decision, Codec):
+            parts[node] = _encoded(node, decision, traced)
+            fired(node, f"saved as {decision.name}")
+        elif decision == KEEP and node.op == "call_function":
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    backward = _Backward(graph, decisions, owner, parts, traced)
+    for node in list(graph.nodes):
+        if node in after:
+            for each in node.all_input_nodes:
+                if each not in after:
+                    node.replace_input_with(each, backward.of(each, node))
+    _redirect_gradients(graph.output_node(), num_fwd_outputs, after, backward)
+    fuse_seeds(gm)
+    graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]:
+    order = memory_order(node.meta["val"])
+    result = splice(
+        node.graph, place_behind(node), lambda x: codec.encode(x.permute(order)), (node,), like=node,
+        decompositions=inductor_table(), memo=_memo(traced, encode, codec, node),
+    )  # fmt: skip
+    for part in result:
+        part.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        part.meta[ENCODED] = f"{codec.name} of {operator_name(node)}"
+    return tuple(result)
+
+
+def _memo(traced: Traced, direction: object, codec: Codec, node: fx.Node) -> tuple[Traced, object] | None:
+    """Layers are alike: each codec is traced once for every layout, unless that has symbolic sizes."""
+    value = node.meta["val"]
+    layout = (*value.shape, *value.stride())
+    if any(isinstance(size, torch.SymInt) for size in layout):
+        return None
+    return traced, (direction, codec, value.dim(), layout, value.dtype, value.device)
+
+
+def _redirect_gradients(output: fx.Node, num_fwd_outputs: int, after: set[fx.Node], backward: _Backward) -> None:
+    """Gradients that no tangent reaches are forward values that backward answers as they are."""
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    for place in range(num_fwd_outputs, len(results)):
+        node = results[place]
+        if isinstance(node, fx.Node) and node not in after:
+            results[place] = backward.of(node, output)
+    output.args = (tuple(results),)
+
+
+@dataclass
+class _Backward:
+    """What backward reads in the place of each forward node, put ahead of its first reader."""
+
+    graph: fx.Graph
+    decisions: Mapping[str, Codec | str]
+    owner: Mapping[fx.Node, fx.Node]
+    parts: Mapping[fx.Node, tuple[fx.Node, ...]]
+    traced: Traced
+    made: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def of(self, node: fx.Node, before: fx.Node) -> fx.Node:
+        if node not in self.made:
+            self.made[node] = self._decoded(node, before) if node in self.parts else self._copied(node, before)
+        return self.made[node]
+
+    def _copied(self, node: fx.Node, before: fx.Node) -> fx.Node:
+        """A copy of what is recomputed, or shows what is decoded or recomputed; the node itself if it is neither."""
+        if node.op != "call_function" or isinstance(
+            node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)
+        ):
+            return node
+        shows = self.owner[node] is not node
+        if not shows and self.decisions.get(node.name) != RECOMPUTE:
+            return node
+        read = {each: self.of(each, before) for each in node.all_input_nodes}
+        if shows and all(new is old for old, new in read.items()):
+            return node
+        new = copy_node(node, before, read)
+        _put_in_backward(new)
+        return new
+
+    def _decoded(self, node: fx.Node, before: fx.Node) -> fx.Node:
+        codec, order = self.decisions[node.name], memory_order(node.meta["val"])
+        assert isinstance(codec, Codec)
+
+        def decode(value: Tensor, *parts: Tensor) -> Tensor:
+            # of the value itself only sizes are read, which are saved as numbers
+            return codec.decode(parts, [value.shape[dim] for dim in order], value.dtype).permute(inverse(order))
+
+        last = before.prev
+        result: fx.Node = splice(
+            self.graph, before, decode, (node, *self.parts[node]), like=node, decompositions=inductor_table(),
+            memo=_memo(self.traced, _Backward, codec, node),
+        )  # fmt: skip
+        while last.next is not before:
+            last = last.next
+            if isinstance(last.meta.get("val"), torch.Tensor):
+                _put_in_backward(last)
+        return result
+
+
+def _put_in_backward(node: fx.Node) -> None:
+    node.meta["partitioner_tag"] = "must_be_in_backward"
+    node.meta.pop("recompute", None)

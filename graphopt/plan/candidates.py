@@ -1,0 +1,256 @@
+"""What can be done with each forward value that backward may want: saved as it is, saved encoded, recomputed.
+
+A codec changes a value a little. So what is decoded may only be read where a small change stays small:
+    ROUGH      comparisons, rounding, indices: what they answer is saved, never recomputed
+    SINGULAR   a denominator, the argument of a logarithm: such a value is saved as it is
+Views go with what they show. Random numbers, collectives and operators nobody knows are not recomputed; what a
+checkpointed region reads is not encoded.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.partitioners import get_default_op_list
+from torch.utils.checkpoint import CheckpointPolicy
+
+from graphopt.codecs import MASK, Codec
+from graphopt.graph import ORIGIN, after_tangents, hint, in_checkpoint, nbytes, owners, storage, storage_bytes, tensor
+from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
+from graphopt.plan.estimate import ATTENTION, Rates, is_heavy, packet, seconds, written_out
+
+aten, prims = torch.ops.aten, torch.ops.prims
+SMALLEST, SMALLEST_MASK = 4096, 128  # bytes; below it a codec is not worth its kernel
+
+ROUGH = {
+    aten.floor, aten.ceil, aten.round, aten.trunc, aten.frac, aten.fmod, aten.remainder, aten.floor_divide, aten.sign,
+    aten.sgn, aten.heaviside, aten.copysign, aten.nextafter,
+}  # fmt: skip
+# operand that must not come near a pole or leave the function's domain
+SINGULAR = {
+    aten.div: 1, aten.true_divide: 1, prims.div: 1, aten.reciprocal: 0, aten.rsqrt: 0, aten.sqrt: 0, aten.log: 0,
+    aten.log2: 0, aten.log10: 0, aten.log1p: 0, aten.asin: 0, aten.acos: 0, aten.acosh: 0, aten.atanh: 0, aten.tan: 0,
+    aten.erfinv: 0, aten.logit: 0, aten.xlogy: 1, aten.lgamma: 0, aten.digamma: 0, aten.pow: 0,
+}  # fmt: skip
+# operators of backward that torch does not list as pointwise, and that are smooth in what they read
+SMOOTH = {
+    aten._softmax_backward_data, aten._log_softmax_backward_data, aten.native_layer_norm_backward,
+    aten.native_group_norm_backward, aten.native_batch_norm_backward, aten.cat, aten.index_put, aten.constant_pad_nd,
+}  # fmt: skip
+RECOMPUTABLE_KERNELS = {
+    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, *ATTENTION,
+}  # fmt: skip
+CHEAP = {torch.ops.graphopt.unpack}  # of ours, beside those that torch lists
+# they read much and give little of it, but each value as it was
+INDEXING = {aten.embedding, aten.index, aten.gather, aten.slice, aten.select, aten.index_select}
+FUSED_SHARE = 0.05  # of the bytes of a recomputed value that a fused kernel still costs
+
+
+@dataclass(frozen=True)
+class Value:
+    """A forward value that owns its storage, with the views of it.
+
+    `recompute` is the time of computing it from `inputs` in backward, infinite where that is not done; `codecs` are
+    those it may be encoded with, `raw` says why there is none. `free` is what lives on in any case.
+    """
+
+    node: fx.Node
+    bytes: int
+    inputs: tuple[fx.Node, ...]
+    savable: bool
+    free: bool
+    recompute: float
+    codecs: tuple[Codec, ...]
+    raw: str = ""
+    decoded_to_memory: bool = False
+    required: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(hint(size) for size in self.node.meta["val"].shape)
+
+
+@dataclass
+class Graph:
+    """The values of a joint graph by their nodes, in its order; those that backward reads are `required`."""
+
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], rate: Rates, *, kernels: bool) -> Graph:
+    """The values that backward reads, and all that they can be computed from.
+
+    `kernels` says whether matrix products, attention and convolutions may be recomputed.
+    """
+    graph = gm.graph
+    after, owner, users = after_tangents(graph), owners(graph), _outputs(graph, num_fwd_outputs)
+    op_types = get_default_op_list()
+    forward = [node for node in graph.nodes if node not in after and node.op != "output"]
+    gradients = set(_results(graph)[num_fwd_outputs:])
+    required, exact = set[fx.Node](), set[fx.Node]()
+    for node in forward:
+        readers = [user for user in node.users if user in after and user.op != "output"]
+        if readers or node in gradients:
+            required.add(owner[node])
+        if any(not _smooth(user, node, op_types) for user in readers):
+            exact.add(owner[node])
+        if not in_checkpoint(node) and any(in_checkpoint(user) for user in node.users):
+            exact.add(owner[node])
+    found = Graph(owner=owner)
+    for node in _ancestors(required, owner):
+        value = tensor(node)
+        given = node.op != "call_function"
+        lives_on = value is not None and storage(value) in users
+        why = _why_raw(node, value, node in exact)
+        found.values[node] = Value(
+            node,
+            0 if value is None else storage_bytes([value]),
+            tuple(dict.fromkeys(owner[each] for each in node.all_input_nodes)),
+            savable=given or (value is not None and not in_checkpoint(node)),
+            free=given or lives_on or _is_size(node),
+            recompute=_recompute(node, op_types, rate, kernels, exact=bool(codecs) and node in exact),
+            codecs=() if given or lives_on else _codecs(value, why, codecs),
+            raw=why,
+            decoded_to_memory=written_out(node),
+            required=node in required,
+        )
+    return found
+
+
+def _ancestors(required: set[fx.Node], owner: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    found, queue = set(required), list(required)
+    while queue:
+        for each in queue.pop().all_input_nodes:
+            if owner[each] not in found:
+                found.add(owner[each])
+                queue.append(owner[each])
+    return [node for node in owner if node in found]
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    return list(graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def _outputs(graph: fx.Graph, num_fwd_outputs: int) -> set[int]:
+    return {storage(value) for node in _results(graph)[:num_fwd_outputs] if (value := tensor(node)) is not None}
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
+
+
+def _why_raw(node: fx.Node, value: torch.Tensor | None, exact: bool) -> str:
+    """Why a value cannot be encoded; empty where it can."""
+    if value is None or not value.is_floating_point() or value.dtype.itemsize == 1:
+        return "not a floating-point tensor"
+    if storage_bytes([value]) != nbytes(value):
+        return "it does not fill its storage"
+    if storage_bytes([value]) < SMALLEST:
+        return f"it has less than {SMALLEST} bytes"
+    if _statistic(node):
+        return "it is a statistic of many values, which all else depends on"
+    if exact:
+        return "backward compares it, divides by it or hands it to an operator that nobody knows"
+    return ""
+
+
+def _codecs(value: torch.Tensor | None, why: str, codecs: Sequence[Codec]) -> tuple[Codec, ...]:
+    if value is not None and value.dtype == torch.bool and storage_bytes([value]) == nbytes(value) >= SMALLEST_MASK:
+        return (MASK,)
+    return () if why else tuple(codecs)
+
+
+def _recompute(node: fx.Node, op_types: Any, rate: Rates, kernels: bool, exact: bool) -> float:
+    if in_checkpoint(node) or _is_size(node) or node.target is operator.getitem:
+        return 0.0
+    if node.op != "call_function" or node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
+        return math.inf
+    if exact and node.all_input_nodes:  # what it would be computed from may be encoded
+        return math.inf
+    if packet(node) in RECOMPUTABLE_KERNELS:
+        return seconds(node, rate) if kernels and not _drops(node) else math.inf
+    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        return math.inf
+    if packet(node) not in CHEAP and (
+        is_heavy(node) or not op_types.is_recomputable(node) or _rough(node) or _reduces(node)
+    ):
+        return math.inf
+    if any(not _smooth(node, each, op_types) for each in node.all_input_nodes):
+        return math.inf
+    value = tensor(node)
+    moved = 0 if value is None else storage_bytes([value])
+    return moved * (1.0 if written_out(node) else FUSED_SHARE) / rate.bandwidth
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether an attention draws a dropout mask."""
+    if packet(node) not in ATTENTION:
+        return False
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: value for argument, value in zip(schema, node.args)} | dict(node.kwargs)
+    return bool(given.get("dropout_p", 0.0) != 0.0)
+
+
+def _reduces(node: fx.Node) -> bool:
+    """Whether it gives less than a quarter of the values it reads: torch's measure of what is cheaper saved."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _reads(node.args[0]) > 4 * _numel(node)
+    given = _numel(node) if tensor(node) is not None else max(map(_numel, node.users), default=0)  # var_mean
+    return _reads(node) > 4 * given > 0
+
+
+def _statistic(node: fx.Node) -> bool:
+    """Whether each of its values stands for many: a norm's rstd, an attention's logsumexp, their logarithms."""
+    if is_heavy(node) or node.op != "call_function" or packet(node) in INDEXING:
+        return False
+    read = [each for each in node.all_input_nodes if each.op == "call_function" and tensor(each) is not None]
+    return _reduces(node) or (bool(read) and all(_statistic(each) for each in read))
+
+
+def _reads(node: fx.Node) -> int:
+    return sum(_numel(each) for each in node.all_input_nodes)
+
+
+def _numel(node: fx.Node) -> int:
+    value = tensor(node)
+    return 0 if value is None else math.prod(hint(size) for size in value.shape)
+
+
+def _rough(node: fx.Node) -> bool:
+    value = tensor(node)
+    if packet(node) in ROUGH:
+        return True
+    read = [each for argument in node.all_input_nodes if (each := tensor(argument)) is not None]
+    return value is not None and not value.is_floating_point() and any(each.is_floating_point() for each in read)
+
+
+def _smooth(reader: fx.Node, read: fx.Node, op_types: Any) -> bool:
+    """Whether a small change of what `reader` reads stays small in what it gives."""
+    value = tensor(read)
+    if value is None or not value.is_floating_point() or in_checkpoint(reader):
+        return True
+    if is_heavy(reader) or packet(reader) in SMOOTH:
+        return True
+    if _rough(reader) or not op_types.is_fusible(reader):
+        return False
+    place = SINGULAR.get(packet(reader))
+    if place is None or ORIGIN in reader.meta or place >= len(reader.args) or reader.args[place] is not read:
+        return True
+    if packet(reader) is aten.pow:
+        exponent = reader.args[1]
+        return isinstance(exponent, (int, float)) and exponent >= 0 and float(exponent).is_integer()
+    return _above_one(read)
+
+
+def _above_one(node: fx.Node) -> bool:
+    """1 + exp(x), as in a sigmoid written out."""
+    terms = [each for each in node.args if isinstance(each, fx.Node)]
+    constants = [each for each in node.args if isinstance(each, (int, float))]
+    return packet(node) is aten.add and constants == [1] and [packet(each) for each in terms] == [aten.exp]

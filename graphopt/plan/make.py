@@ -1,0 +1,129 @@
+"""A decomposed joint graph and what is wanted of it -> a plan, and the decisions that `encode` writes into the graph.
+
+    planning = Planning(gm, num_fwd_outputs, stock_bytes, Settings(codecs, kernels=True, goal=Goal(budget=10**9)))
+    planning.plan, planning.decisions, planning.frontier()
+
+Sensitivity is how much a value's error moves the gradient: the squared relative error of the gradient by that of the
+value. Measured (`graphopt.calibrate`) or, where it is not, the same for all values that are encoded, SENSITIVITY in
+sum: what six transformer blocks show on average, by a factor of two or three either way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from graphopt.codecs import Codec, named
+from graphopt.graph import hint, module_of, operator_name, source_of
+from graphopt.plan import KEEP, RECOMPUTE, Choice, Plan, fingerprint
+from graphopt.plan.candidates import Value, values
+from graphopt.plan.choose import DEAR, Goal, choose, frontier
+from graphopt.plan.estimate import is_heavy, rates, step_seconds
+from graphopt.plan.solve import Problem, Solution, saved_bytes
+
+SENSITIVITY = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan may use, and its goal; `sensitivity` by the name of a node, where it was measured."""
+
+    codecs: tuple[Codec, ...]
+    kernels: bool
+    goal: Goal
+    sensitivity: Mapping[str, float] | None = None
+
+
+class Planning:
+    """A joint graph, decomposed, and the plan made for it; `given` is followed where it is for this graph."""
+
+    def __init__(
+        self, gm: fx.GraphModule, num_fwd_outputs: int, stock: int, settings: Settings, given: Plan | None = None
+    ) -> None:
+        self.gm, self.stock = gm, stock
+        self.problem = problem_of(gm, num_fwd_outputs, stock, settings)
+        if given is not None and given.graph == fingerprint(gm.graph):
+            self.plan = given
+        else:
+            if given is not None:
+                warnings.warn(f"plan {given.graph} is for another graph: this one is planned anew", stacklevel=2)
+            self.plan = self._described(choose(self.problem, stock, settings.goal), str(settings.goal))
+
+    @property
+    def decisions(self) -> dict[str, Codec | str]:
+        """What becomes of every value, by its node's name: all that backward needs and is not saved is recomputed."""
+        saved = {each.node: each.decision for each in self.plan.choices if each.decision != RECOMPUTE}
+        found: dict[str, Codec | str] = {}
+        queue = [node for node, value in self.problem.graph.values.items() if value.required]
+        while queue:
+            node = queue.pop()
+            value = self.problem.graph.values[node]
+            if node.name in found or value.free:
+                continue
+            if node.name in saved:
+                decision = saved[node.name]
+                found[node.name] = KEEP if decision == KEEP else named(decision)
+            else:
+                found[node.name] = RECOMPUTE
+                queue.extend(value.inputs)
+        return found
+
+    def frontier(self) -> list[Plan]:
+        """The best plans from most bytes to fewest, whatever the goal."""
+        return [self._described(each, "frontier") for each in frontier(self.problem, self.stock)]
+
+    def _described(self, solution: Solution, goal: str) -> Plan:
+        """A solution as data, in the order of the graph."""
+        problem, choices = self.problem, []
+        for node, value in problem.graph.values.items():
+            if node in solution.saved:
+                choices.append(_saved(problem, value, solution.saved[node]))
+            elif node in solution.recomputed and is_heavy(node):
+                choices.append(_recomputed(problem, value))
+        time = solution.seconds / problem.step if problem.step else 0.0
+        return Plan(fingerprint(self.gm.graph), goal, tuple(choices), solution.bytes, self.stock, time, solution.error)
+
+
+def problem_of(gm: fx.GraphModule, num_fwd_outputs: int, stock: int, settings: Settings) -> Problem:
+    rate = rates(gm.graph)
+    found = values(gm, num_fwd_outputs, settings.codecs, rate, kernels=settings.kernels)
+    step = step_seconds(gm.graph, rate)
+    measured = settings.sensitivity
+    if measured is not None:
+        share = max(measured.values(), default=SENSITIVITY)  # what was not measured counts as the most sensitive
+        return Problem(found, step, rate, lambda value: measured.get(value.node.name, share))
+    unknown = Problem(found, step, rate, lambda value: 0.0)
+    smallest = unknown.solve(DEAR * step / max(stock, 1))
+    share = SENSITIVITY / max(1, sum(codec is not None for codec in smallest.saved.values()))
+    return Problem(found, step, rate, lambda value: share)
+
+
+def _saved(problem: Problem, value: Value, codec: Codec | None) -> Choice:
+    time = problem.codec_seconds(value, codec) / problem.step if problem.step else 0.0
+    error = problem.squared_error(value, codec) ** 0.5
+    why = f"its error of {codec.error:.3g} moves the gradient by {error:.2g}" if codec else value.raw
+    why = why or "no codec is worth its time and error here"
+    return Choice(**_about(value), decision=codec.name if codec else KEEP, bytes=value.bytes,
+                  bytes_now=saved_bytes(value, codec), time=time, error=error, why=why)  # fmt: skip
+
+
+def _recomputed(problem: Problem, value: Value) -> Choice:
+    time = value.recompute / problem.step if problem.step else 0.0
+    values = problem.graph.values
+    size = value.bytes or sum(values[user].bytes for user in value.node.users if user in values)
+    why = f"running it again takes {time:.1%} of a step"
+    return Choice(**_about(value), decision=RECOMPUTE, bytes=size, bytes_now=0, time=time, error=0.0, why=why)
+
+
+def _about(value: Value) -> dict[str, Any]:
+    node, shown = value.node, value.node.meta["val"]
+    first = shown[0] if isinstance(shown, (tuple, list)) else shown
+    return {
+        "node": node.name, "operator": operator_name(node),
+        "module": module_of(node), "source": source_of(node), "shape": tuple(hint(size) for size in first.shape),
+        "dtype": str(first.dtype).removeprefix("torch."),
+    }  # fmt: skip
