@@ -32,7 +32,7 @@ class Rates:
 
 
 # bf16. cuda: half of an H100's peak (989e12, 3.35e12); cpu: two cores with AMX
-RATES = {"cuda": Rates(500e12, 250e12, 2.5e12, 1e12), "cpu": Rates(2e12, 0.6e12, 30e9, 5e9)}
+RATES = {"cuda": Rates(500e12, 250e12, 2.5e12, 1e12), "cpu": Rates(2e12, 0.6e12, 15e9, 4e9)}
 
 _CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 FLOPS: dict[Any, Callable[..., int]] = {
