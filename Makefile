@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help demo test check notebooks bench cubins kernels readme
+.PHONY: help demo test check notebooks bench pareto traffic cubins kernels readme
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ notebooks: .venv/.installed-dev ## execute every notebook; the results go to bui
 
 bench: .venv/.installed-dev ## measure six transformer blocks into benchmarks/results
 	$(PY) benchmarks/blocks.py $(ARGS)
+
+pareto: .venv/.installed-dev ## measure bytes against time and error, draw docs/pareto.svg
+	$(PY) benchmarks/pareto.py $(ARGS)
+
+traffic: .venv/.installed-dev ## count kernels and bytes of the CUDA code of whole blocks, without a GPU
+	$(PY) benchmarks/block_traffic.py $(ARGS)
 
 cubins: .venv/.installed-dev ## build every Triton kernel without a GPU: registers, spills
 	$(PY) benchmarks/cubins.py $(ARGS)

@@ -1,12 +1,19 @@
 """Saved bytes, peak memory, gradient error and step time of six transformer blocks under each way of training them.
 
     python benchmarks/blocks.py                                                   # every block, every method
+    python benchmarks/blocks.py --dtype float32                                   # or --autocast; a file of its own
     python benchmarks/blocks.py --blocks vit-full llama-full --methods inductor lowmem:exact --out /tmp/blocks.json
 
-A method is eager, inductor, one of KNOBS (torch's own settings), checkpoint, lowmem, lowmem:PRESET or
-lowmem:PRESET:CODE, the code being one of approx_activation. Sizes are in units: tokens x width x 2 bytes, one bf16
-hidden state. Saved bytes and peak are deterministic; time is a ratio to stock Inductor, the median of pairs of steps
-run in turn; the gradient error is |g - g0| / |g0|, g0 from float32 eager on the same batch.
+A method is one of
+
+    eager, inductor
+    heuristics-off, aggressive, budget-FRACTION, fp8, checkpoint      torch's own ways to save less
+    lowmem, lowmem:PRESET, lowmem:PRESET:CODE                         the code being one of approx_activation
+    lowmem:KEY=VALUE[,KEY=VALUE], lowmem:PRESET:KEY=VALUE             any option, such as lowmem:memory_budget=0.06
+
+Sizes are in units: tokens x width x 2 bytes, one bf16 hidden state. Saved bytes and peak are deterministic; time is a
+ratio to stock Inductor, the median of pairs of steps run in turn; the gradient error is |g - g0| / |g0|, g0 from
+float32 eager on the same batch.
 """
 
 import argparse
@@ -15,13 +22,16 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 from networks import BLOCKS, WIDTH, build
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
@@ -29,22 +39,48 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 from graphopt.memory import peak_bytes, saved_bytes
-from graphopt.options import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
-STOCK = "inductor"
-# torch's own ways to save less, as patches of torch._functorch.config
-KNOBS: dict[str, dict[str, Any]] = {
-    "heuristics-off": {"ban_recompute_used_far_apart": False, "ban_recompute_materialized_backward": False},
-    "aggressive": {"aggressive_recomputation": True},
-    "budget-0.5": {"activation_memory_budget": 0.5},
+STOCK, CHECKPOINT, BUDGET = "inductor", "checkpoint", "budget-"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# its defaults are for models of gigabytes: tensors from 100 MB on, 5 bits of range
+FP8 = {
+    "quant_type": "torch.float8_e4m3fn", "use_scaling": True, "size_in_mb": 0.01, "exclude_primals": True,
+    "allowed_dtypes": "torch.bfloat16;torch.float32",
+}  # fmt: skip
+# torch's own ways to save less, as patches of its settings
+KNOBS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "heuristics-off": partial(
+        functorch_config.patch, ban_recompute_used_far_apart=False, ban_recompute_materialized_backward=False
+    ),
+    "aggressive": partial(functorch_config.patch, aggressive_recomputation=True),
+    "fp8": partial(inductor_config.patch, post_grad_fusion_options={"activation_quantization_aten_pass": FP8}),
 }
-METHODS = (STOCK, *KNOBS, "checkpoint", *(f"lowmem:{preset}" for preset in PRESETS), "lowmem:exact:unbiased")
+METHODS = (
+    STOCK, "heuristics-off", "aggressive", "budget-0.5", "fp8", CHECKPOINT,
+    "lowmem:exact", "lowmem:compressed", "lowmem:smallest", "lowmem:paper",
+)  # fmt: skip
 BATCH, TOKENS = 4, 256
 UNIT = BATCH * TOKENS * WIDTH * 2
 SEED = 7
 # eager's random numbers are not those of compiled code, so gradients cannot be compared under dropout
 INCOMPARABLE = ("vit-dropout",)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where blocks run: a device, the dtype of parameters and input, and whether forward runs under autocast.
+
+    With `cold` every method compiles from an empty cache, so that the seconds of its first call can be compared.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    autocast: bool = False
+    cold: bool = True
+
+    def __str__(self) -> str:
+        return "autocast" if self.autocast else str(self.dtype).removeprefix("torch.")
 
 
 class Checkpointed(nn.Module):
@@ -77,51 +113,68 @@ class Run:
 
 
 def main() -> None:
+    arguments = parser("Measure transformer blocks under each way of training them.", "blocks").parse_args()
+    record(arguments, METHODS, "blocks")
+
+
+def parser(description: str, name: str) -> argparse.ArgumentParser:
+    """The arguments that `record` takes; `name` is how its file of results begins."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), default=list(BLOCKS))
+    parser.add_argument("--methods", nargs="+", help="inductor always runs (default: those of the tables)")
+    parser.add_argument("--steps", type=int, default=15, help="steps that are timed, each method in turn")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of parameters and input")
+    precision.add_argument("--autocast", action="store_true", help="float32 parameters, forward in bfloat16")
+    parser.add_argument("--out", type=Path, help=f"the JSON written (default: benchmarks/results/{name}[-...].json)")
+    return parser
+
+
+def record(arguments: argparse.Namespace, methods: Iterable[str], name: str, cold: bool = True) -> dict[str, Any]:
+    """Measure what the arguments ask for; the result, which is written after every block."""
     # the profiler's C++ side announces each start and stop on stderr
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parser = argparse.ArgumentParser(description="Measure transformer blocks under each way of training them.")
-    parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), default=list(BLOCKS))
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="inductor always runs; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=15, help="steps that are timed, each method in turn")
-    parser.add_argument("--out", type=Path, help="the JSON written (default: benchmarks/results/blocks[-cuda].json)")
-    arguments = parser.parse_args()
-    out = arguments.out or RESULTS / ("blocks.json" if device.type == "cpu" else f"blocks-{device.type}.json")
-    methods = list(dict.fromkeys((STOCK, *arguments.methods)))
+    dtype = torch.float32 if arguments.autocast else DTYPES[arguments.dtype]
+    setting = Setting(device, dtype, arguments.autocast, cold)
+    kinds = [device.type] * (device.type != "cpu") + [str(setting)] * (str(setting) != "bfloat16")
+    out = arguments.out or RESULTS / f"{'-'.join([name, *kinds])}.json"
+    methods = list(dict.fromkeys((STOCK, *(arguments.methods or methods))))
     # a limit would mean a silent return to eager
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = 4 * len(methods)
 
     for method in methods:
         _warm_up(method, device)
-    rows = []
-    for name in arguments.blocks:
-        for row in measure(name, methods, arguments.steps, device):
-            rows.append(row)
-            print(_line(row), flush=True)
-    setting = {
+    results: dict[str, Any] = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": "bfloat16",
+        "dtype": str(setting),
         "tokens": BATCH * TOKENS,
         "width": WIDTH,
         "unit_bytes": UNIT,
         "timed_steps": arguments.steps,
+        "rows": [],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+    for block in arguments.blocks:
+        for row in measure(block, methods, arguments.steps, setting):
+            results["rows"].append(row)
+            print(_line(row), flush=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
+    return results
 
 
-def measure(name: str, methods: list[str], steps: int, device: torch.device) -> list[dict[str, Any]]:
+def measure(name: str, methods: list[str], steps: int, setting: Setting) -> list[dict[str, Any]]:
     """One row for every method on block `name`; stock Inductor is first among the methods."""
-    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(device)
-    exact = Run("float32", *[build(name, torch.float32, device)] * 2)
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(setting.device)
+    exact = Run("float32", *[build(name, torch.float32, setting.device)] * 2)
     exact.step(x)
-    x = x.bfloat16()
+    x = x.to(setting.dtype)
 
     torch._dynamo.reset()
-    runs = [first_call(method, build(name, torch.bfloat16, device), x) for method in methods]
+    runs = [first_call(method, build(name, setting.dtype, setting.device), x, setting) for method in methods]
     memory = [memory_of(run, x) for run in runs]
     errors = [None if name in INCOMPARABLE else gradient_error(run, exact, x) for run in runs]
     for i in range(steps):
@@ -141,16 +194,22 @@ def measure(name: str, methods: list[str], steps: int, device: torch.device) -> 
                 "peak_units": round(peak / UNIT, 3),
                 "gradient_error": error and round(error, 5),
                 "step_ratio": round(statistics.median(own / base for own, base in pairs), 3),
-                "first_call_seconds": round(run.first_call, 1),
+                **({"first_call_seconds": round(run.first_call, 1)} if setting.cold else {}),
             }
         )
     return rows
 
 
-def first_call(method: str, net: nn.Sequential, x: Tensor) -> Run:
-    """The network under `method` after its first step, which compiles it from an empty cache."""
-    run = Run(method, net, _compiled(method, Checkpointed(net) if method == "checkpoint" else net))
-    with fresh_cache():
+def first_call(method: str, net: nn.Sequential, x: Tensor, setting: Setting) -> Run:
+    """The network under `method` after its first step, which compiles it."""
+    forward = _compiled(method, Checkpointed(net) if method == CHECKPOINT else net)
+
+    def under_autocast(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return forward(x)
+
+    run = Run(method, net, under_autocast if setting.autocast else forward)
+    with fresh_cache() if setting.cold else nullcontext():
         run.first_call = run.step(x)
     return run
 
@@ -176,19 +235,33 @@ def gradient_error(run: Run, exact: Run, x: Tensor) -> float:
 def _compiled(method: str, function: Callable[..., Any]) -> Callable[..., Any]:
     if method == "eager":
         return function
-    if method in KNOBS:
-        return torch.compile(function, backend=_patched(KNOBS[method]), fullgraph=True)
-    backend, *settings = (STOCK if method == "checkpoint" else method).split(":")
-    options = dict(zip(("preset", "approx_activation"), settings, strict=False))
     # fullgraph, so that nothing runs in eager unnoticed
-    return torch.compile(function, backend=backend, options=options or None, fullgraph=True)
+    if method in KNOBS or method.startswith(BUDGET):
+        knob = KNOBS.get(method) or partial(
+            functorch_config.patch, activation_memory_budget=float(method.removeprefix(BUDGET))
+        )
+        return torch.compile(function, backend=_patched(knob), fullgraph=True)
+    backend, *settings = (STOCK if method == CHECKPOINT else method).split(":")
+    return torch.compile(function, backend=backend, options=dict(_options(settings)) or None, fullgraph=True)
 
 
-def _patched(knob: dict[str, Any]) -> Callable[..., Any]:
-    """Stock Inductor under other settings of functorch; a backend of its own, so that Dynamo keeps them apart."""
+def _options(settings: list[str]) -> Iterator[tuple[str, Any]]:
+    """The options of lowmem:...: a preset and a code stand first, without their names."""
+    for name, setting in zip(("preset", "approx_activation", ""), settings):
+        for item in setting.split(","):
+            key, equals, value = item.partition("=")
+            if equals:
+                # a number, or a word as it stands
+                yield key, json.loads(value) if value[:1] in "0123456789" else value
+            else:
+                yield name, key
+
+
+def _patched(knob: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """Stock Inductor under other settings; a backend of its own, so that Dynamo keeps them apart."""
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        with functorch_config.patch(knob):
+        with knob():
             return compile_fx(gm, example_inputs)
 
     return backend
@@ -207,10 +280,10 @@ def _wait(device: torch.device) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     error = "" if row["gradient_error"] is None else f"   gradient error {row['gradient_error']:.4f}"
+    first_call = f"   first call {row['first_call_seconds']:5.1f} s" if "first_call_seconds" in row else ""
     return (
-        f"{row['block']:13s} {row['method']:18s} saved {row['saved_units']:6.2f} units, {row['saved_of_stock']:6.1%}   "
-        f"peak {row['peak_units']:6.2f}   step x{row['step_ratio']:.2f}   "
-        f"first call {row['first_call_seconds']:5.1f} s{error}"
+        f"{row['block']:13s} {row['method']:25s} saved {row['saved_units']:6.2f} units, {row['saved_of_stock']:6.1%}   "
+        f"peak {row['peak_units']:6.2f}   step x{row['step_ratio']:.2f}{first_call}{error}"
     )
 
 

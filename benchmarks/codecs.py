@@ -1,6 +1,6 @@
 """Codecs of saved tensors: their error on several kinds of data, the time of their CPU kernels, and their CUDA kernels.
 
-    python benchmarks/codecs.py                     # writes benchmarks/results/codecs.json, and docs/codecs.md from it
+    python benchmarks/codecs.py                     # writes benchmarks/results/codecs.json
     python benchmarks/codecs.py --pairs 20 --out /tmp/codecs.json
 
 error    |x_ - x| / |x| of 1024 x 2048 float32 numbers, and of those of "outliers" that are not in an outlier channel.
@@ -13,7 +13,6 @@ CUDA     launches and bytes of Inductor's code, made without a GPU, of linear, g
 import argparse
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +36,6 @@ from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.random import fuse_seeds
 
 RESULTS = Path(__file__).parent / "results" / "codecs.json"
-DOCUMENT = Path(__file__).parent.parent / "docs" / "codecs.md"
 SHAPE = (1024, 2048)
 WIDTH = 512
 MEASURED = [
@@ -62,34 +60,8 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     setting = {"torch": torch.__version__, "shape": SHAPE, "cpu_copy": times["copy"]}
-    result = {**setting, "rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.out.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
     print(f"wrote {arguments.out}")
-    if arguments.out == RESULTS:
-        text = re.sub(r"(?s)(<!-- codecs:begin -->).*(<!-- codecs:end -->)",
-                      lambda found: f"{found[1]}\n{table(result)}\n{found[2]}", DOCUMENT.read_text())  # fmt: skip
-        DOCUMENT.write_text(text)
-        print(f"wrote {DOCUMENT}")
-
-
-def table(result: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    kinds = list(result["rows"][0]["error"])
-    head = ["codec", "bits", *kinds, "CPU encode + decode", "CUDA forward", "CUDA backward"]
-    lines = [
-        f"torch {result['torch']}. Errors: |x_ - x| / |x|; others: the channels beside those of outliers. CPU: time of "
-        f"each kernel over that of gelu, bfloat16, one thread; a copy takes {result['cpu_copy']}. CUDA: units of x "
-        "moved beyond what the same without a codec moves (launches added), by the code that Inductor writes.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "| " + " | ".join("---" for _ in head) + " |",
-    ]
-    for row in result["rows"]:
-        cuda = [f"{half['units']:+.2f} ({half['kernels'] - half['kernels_without']})" for half in row["cuda"].values()]
-        cpu = f"{row['cpu']['encode']} + {row['cpu']['decode']}"
-        cells = [f"`{row['codec']}`", row["bits"], *row["error"].values(), cpu, *cuda]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
 
 
 def data() -> dict[str, Tensor]:

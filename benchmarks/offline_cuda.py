@@ -33,7 +33,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._prims import TensorMeta
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
 
@@ -204,6 +204,8 @@ def _stand_ins() -> Iterator[None]:
         (triton.runtime.driver, "_active", _Driver()),
         # its own answer looks into a tensor, which takes a build with CUDA even if the tensor is fake
         (torch.ops.prims.inductor_lookup_seed.default, "prim_meta_impl", _lookup_seed),
+        # so does a copy into a slice, which Inductor makes for its shape alone
+        (FakeTensor, "copy_", lambda self, source, non_blocking=False: self),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in names:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from claims import LOWMEM_BUDGET, NOISE, Answer, against_budgets, against_fp8, broken_promises, budget
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -20,6 +22,15 @@ NAMES = {
     "llama-full": "Llama, full",
     "llama-lora": "Llama, LoRA on all linears",
 }
+
+
+SHOWN = (
+    "inductor",
+    "budget-0.5",
+    "fp8",
+    "checkpoint",
+    *(f"lowmem:{each}" for each in ("exact", "compressed", "smallest", "paper")),
+)
 
 
 class Place(NamedTuple):
@@ -37,9 +48,7 @@ class Place(NamedTuple):
             return None
         texts = [self.render(json.loads(path.read_text())) for path in sorted(RESULTS.glob(self.results))]
         if not texts:
-            sys.exit(
-                f"{self.document} has a place for figures and benchmarks/results has no {self.results}: make bench"
-            )
+            raise FileNotFoundError(f"{self.document} has figures of {self.results}, which benchmarks/results lacks")
         body = "\n\n".join(texts)
         return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{body}\n{end}", old, flags=re.DOTALL)
 
@@ -52,7 +61,11 @@ def main() -> None:
     for place in PLACES:
         path = ROOT / place.document
         old = path.read_text()
-        new = place.filled(old)
+        try:
+            new = place.filled(old)
+        except FileNotFoundError as error:
+            wrong.append(str(error))
+            continue
         if new is None:
             print(f"{place.document} has no <!-- {place.marker}:begin -->: nothing to write")
         elif check and new != old:
@@ -64,18 +77,70 @@ def main() -> None:
 
 
 def render_blocks(results: Row) -> str:
-    """Two Markdown tables of one results file: memory; time and gradient error."""
-    rows = {(row["block"], row["method"]): row for row in results["rows"]}
-    device = results["device"].upper() if results["device"] == "cpu" else results["device"]
+    """Three Markdown tables of one results file, of the methods SHOWN: memory; peak memory; time and gradient error."""
+    found = {(row["block"], row["method"]): row for row in results["rows"] if row["method"] in SHOWN}
+    rows = dict(sorted(found.items(), key=lambda item: SHOWN.index(item[0][1])))
     return (
-        f"One block, {results['dtype']}, {results['tokens']} tokens, width {results['width']}, "
-        f"torch {results['torch']}, {device}. Saved bytes in units of one hidden state "
-        f"({results['unit_bytes'] / 2**20:g} MiB) and as a share of stock Inductor's:\n\n"
+        f"{_setting(results)} Saved bytes in units of one hidden state "
+        f"({results['unit_bytes'] / 2**20:g} MiB in bfloat16) and as a share of stock Inductor's:\n\n"
         f"{_table(rows, _memory)}\n\n"
         f"Peak memory of a step above what is held before it, in the same units:\n\n{_table(rows, _peak)}\n\n"
         f"Step time as a multiple of stock Inductor's (median of {results['timed_steps']} pairs) / gradient error "
         f"against float32:\n\n{_table(rows, _cost)}"
     )
+
+
+def _setting(results: Row) -> str:
+    device = results["device"].upper() if results["device"] == "cpu" else results["device"]
+    dtype = "float32 under autocast to bfloat16" if results["dtype"] == "autocast" else results["dtype"]
+    return (
+        f"One block, {dtype}, {results['tokens']} tokens, width {results['width']}, torch {results['torch']}, {device}."
+    )
+
+
+def render_budgets(results: Row) -> str:
+    """One table of pareto.json: a row for each memory budget, a column for each block."""
+    rows = [row for row in results["rows"] if row["method"].startswith(LOWMEM_BUDGET)]
+    found = {(row["block"], budget(row)): row for row in rows}
+    blocks = dict.fromkeys(row["block"] for row in rows)
+    lines = []
+    for fraction in sorted({budget(row) for row in rows}, reverse=True):
+        cells = (found.get((block, fraction)) for block in blocks)
+        lines.append([f"{fraction:g}", *(f"{_memory(row)}<br>{_cost(row)}" if row else "–" for row in cells)])
+    return (
+        f"{_setting(results)} Saved bytes in units of one hidden state and as a share of stock Inductor's; below, step "
+        f"time as a multiple of stock Inductor's (median of {results['timed_steps']} pairs) / gradient error:\n\n"
+        + _markdown(["`memory_budget`", *(NAMES[block] for block in blocks)], lines)
+    )
+
+
+def render_answers(results: Row) -> str:
+    """What pareto.json says of lowmem beside torch's own ways, claim by claim."""
+    rows = results["rows"]
+    broken = list(broken_promises(rows))
+    kept = (
+        "Every budget is kept; none is faster, or has less error, than a larger one."
+        if not broken
+        else "What does not hold of budgets:\n\n" + "\n".join(f"- {text}" for text in broken)
+    )
+    return (
+        f"{_setting(results)} To each `activation_memory_budget` the fastest plan with no more bytes; the claim holds if "
+        f"it is slower by at most {NOISE:.0%}. Units / step time / gradient error:\n\n"
+        f"{_answers(list(against_budgets(rows)))}\n\n"
+        "To the fp8 pass the fastest plan with fewer bytes and less error:\n\n"
+        f"{_answers(list(against_fp8(rows)))}\n\n{kept}"
+    )
+
+
+def _answers(answers: list[Answer]) -> str:
+    def figures(row: Row) -> str:
+        return f"{row['saved_units']:.1f} / {_cost(row)}"
+
+    lines = []
+    for theirs, ours, holds in answers:
+        own = [f"`{ours['method']}`", figures(ours)] if ours else ["–", "–"]
+        lines.append([NAMES[theirs["block"]], f"`{theirs['method']}`", figures(theirs), *own, "yes" if holds else "no"])
+    return _markdown(["block", "torch", "", "`lowmem`", "", "holds"], lines)
 
 
 def _table(rows: dict[tuple[str, str], Row], cell: Callable[[Row], str]) -> str:
@@ -154,6 +219,45 @@ def _norms(rows: list[Row], half: str, what: str) -> str:
     return _markdown(["norm", *sizes], lines)
 
 
+def render_block_traffic(results: Row) -> str:
+    """One table: saved units, and traffic and launches of both halves, for each block and method."""
+    rows = {(row["block"], row["method"]): row for row in results["rows"]}
+    methods = dict.fromkeys(method for _, method in rows)
+    lines = []
+    for block in dict.fromkeys(block for block, _ in rows):
+        found = [rows[block, method] for method in methods]
+        lines.append([NAMES[block], "saved", *(f"{row['saved'] / results['unit_bytes']:.1f}" for row in found)])
+        for half in ("forward", "backward"):
+            halves = (row[half] for row in found)
+            cells = (
+                f"{each['bytes'] / results['unit_bytes']:.1f} ({each['kernels']} + {each['products']})"
+                for each in halves
+            )
+            lines.append(["", half, *cells])
+    return (
+        f"Inductor's code for an {results['device']}, {results['dtype']}, {results['tokens']} tokens, width "
+        f"{results['width']}, torch {results['torch']}, triton {results['triton']}; generated, not run. Bytes saved, "
+        "and bytes moved, in units of one hidden state (Triton kernels + matrix products launched):\n\n"
+        + _markdown(["block", "", *(f"`{method}`" for method in methods)], lines)
+    )
+
+
+def render_codecs(results: Row) -> str:
+    """One table: a row for each codec."""
+    head = ["codec", "bits", *results["rows"][0]["error"], "CPU encode + decode", "CUDA forward", "CUDA backward"]
+    lines = []
+    for row in results["rows"]:
+        cuda = (f"{half['units']:+.2f} ({half['kernels'] - half['kernels_without']})" for half in row["cuda"].values())
+        cpu = f"{row['cpu']['encode']} + {row['cpu']['decode']}"
+        lines.append([f"`{row['codec']}`", str(row["bits"]), *map(str, row["error"].values()), cpu, *cuda])
+    return (
+        f"torch {results['torch']}. Errors: |x_ - x| / |x|; others: the channels beside those of outliers. CPU: time "
+        f"of each kernel over that of gelu, bfloat16, one thread; a copy takes {results['cpu_copy']}. CUDA: units of x "
+        "moved beyond what the same without a codec moves (launches added), by the code that Inductor writes.\n\n"
+        + _markdown(head, lines)
+    )
+
+
 def render_codes(results: Row) -> str:
     """One table: a row for each activation and depth, the schemes side by side."""
     rows = {(row["activation"], row["blocks"], row["scheme"]): row for row in results["rows"]}
@@ -189,10 +293,15 @@ def render_cubins(results: Row) -> str:
 
 
 PLACES = (
-    Place("README.md", "results", "blocks*.json", render_blocks),
-    Place("docs/lowering.md", "traffic", "traffic*.json", render_traffic),
+    Place("README.md", "results", "blocks.json", render_blocks),
+    Place("docs/pareto.md", "budgets", "pareto.json", render_budgets),
+    Place("docs/pareto.md", "answers", "pareto.json", render_answers),
+    Place("docs/pareto.md", "precisions", "blocks-*.json", render_blocks),
+    Place("docs/lowering.md", "traffic", "traffic.json", render_traffic),
+    Place("docs/lowering.md", "block traffic", "block_traffic.json", render_block_traffic),
     Place("docs/lowering.md", "cubins", "cubins.json", render_cubins),
     Place("docs/codes.md", "codes", "codes.json", render_codes),
+    Place("docs/codecs.md", "codecs", "codecs.json", render_codecs),
 )
 
 

@@ -28,7 +28,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt import passes
 from graphopt.codecs import Codec, codec
-from graphopt.errors import CaptureError, OptionsError
+from graphopt.errors import CaptureError, OptionsError, PlanError
 from graphopt.graph import copy, owners
 from graphopt.lowering.decompose import tracing_table
 from graphopt.options import Options, parse
@@ -106,7 +106,8 @@ class _Measuring(CustomPartitionerFn):
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Halves:
         self.outputs, planning = kwargs["num_fwd_outputs"], split(gm, joint_inputs, self.options, **kwargs).planning
-        assert planning is not None
+        if planning is None:
+            raise PlanError("there is nothing to calibrate: no codec saves bytes in this model under these options")
         self.planning = planning
         # by their names in backward: values that may be encoded, and views of them
         self.value = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin
 
-from graphopt.codecs import ROUNDINGS, within
+from graphopt.codecs import ROUNDINGS, named, within
 from graphopt.errors import OptionsError
 from graphopt.lowering.codes import SCHEMES
 from graphopt.plan import Plan
@@ -51,6 +51,9 @@ class Options:
                        recompute are unlimited where they are not given. Beside preset "exact" it stays exact.
     tolerance          the relative error that a saved tensor may have, which decides the codecs allowed; 0: none.
     time_slack         the fraction of a step's time that a plan may cost, as estimated.
+    codecs             names of the codecs that a plan may use, such as ("int8", "fp8", "int4-asymmetric-32-unbiased"),
+                       see graphopt.codecs; tolerance, where it is given, still applies. None: the integer codecs of
+                       group_size and rounding within the tolerance.
     group_size         values that share one scale in a codec, a power of two from 16 to 1024.
     rounding           of codecs: "nearest", or "stochastic", which is unbiased and draws random numbers.
     plan               a plan, or the path of one (see graphopt.plan.Plan); graphs that it is not for are planned anew.
@@ -69,6 +72,7 @@ class Options:
     memory_budget: float | None = None
     tolerance: float | None = None
     time_slack: float | None = None
+    codecs: tuple[str, ...] | None = None
     group_size: int | None = None
     rounding: str | None = None
     plan: Plan | None = None
@@ -95,6 +99,10 @@ class Options:
             raise OptionsError(
                 f"option 'group_size' is one of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}"
             )
+        if self.codecs is not None:
+            object.__setattr__(self, "codecs", _codecs(self.codecs))
+            if self.group_size is not None or self.rounding is not None:
+                raise OptionsError("options 'codecs', 'group_size' and 'rounding': the names of codecs say both")
         if isinstance(self.plan, (str, Path)):
             object.__setattr__(self, "plan", Plan.load(self.plan))
         elif isinstance(self.plan, Mapping):
@@ -103,6 +111,9 @@ class Options:
             raise OptionsError(f"option 'plan' is a graphopt.Plan or the path of one, not {self.plan!r}")
         if self.preset == "paper" and (self.memory_budget is not None or self.plan is not None):
             raise OptionsError("preset 'paper' is LowMemoryBP as published, which has no memory_budget and no plan")
+        planned = {choice.decision for choice in self.plan.choices} if self.plan else set()
+        if self.preset == "exact" and (self.codecs or planned - {"keep", "recompute", "bits"}):
+            raise OptionsError("preset 'exact' has no codecs, and takes no plan that has")
         names = self.disable
         if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
             raise OptionsError(f"option 'disable' is a list of pass names, not {self.disable!r}")
@@ -136,6 +147,7 @@ class Options:
             return False
         return (
             self.plan is not None
+            or self.codecs is not None
             or self.memory_budget is not None
             or self.value("tolerance") > 0
             or (self.value("recompute") == "any")
@@ -143,10 +155,15 @@ class Options:
 
     def settings(self, stock: int) -> Settings:
         """What a plan may use and is for, where stock Inductor saves `stock` bytes."""
-        budget = math.inf if self.memory_budget is None else self.memory_budget
-        goal = Goal(self.value("time_slack"), budget * stock if budget <= 1 else budget)
-        codecs = within(self.value("tolerance"), self.group_size or GROUP_SIZE, self.value("rounding"))
-        return Settings(codecs, self.value("recompute") == "any", goal)
+        budget = self.memory_budget
+        limit = math.inf if budget is None else min(budget * stock if budget <= 1 else budget, stock)
+        goal = Goal(self.value("time_slack"), limit)
+        tolerance = self.value("tolerance")
+        codecs = within(tolerance, self.group_size or GROUP_SIZE, self.value("rounding"))
+        if self.codecs is not None:
+            allowed = math.inf if self.tolerance is None else self.tolerance
+            codecs = tuple(each for each in map(named, self.codecs) if each.error <= allowed)
+        return Settings(codecs, self.value("recompute") == "any" or self.plan is not None, goal)
 
     def __str__(self) -> str:
         """The preset, and what was set beside it."""
@@ -202,6 +219,15 @@ def _environment() -> dict[str, Any]:
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionsError(f"option {option!r}: {_nearest(str(value), allowed)}; allowed: {', '.join(allowed)}")
+
+
+def _codecs(names: object) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise OptionsError(f"option 'codecs' is a list of names of codecs, not {names!r}")
+    try:
+        return tuple(sorted({named(name).name for name in names}, key=lambda name: (named(name).error, name)))
+    except OptionsError as error:
+        raise OptionsError(f"option 'codecs': {error}") from None
 
 
 def _number(option: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> None:

@@ -6,9 +6,10 @@ rewrite through `left_alone`; both are kept in the record of the run and read by
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial, update_wrapper
@@ -73,6 +74,17 @@ def take_back(records: Iterable[PassRecord], why: str) -> None:
         record.fired.clear()
 
 
+@contextlib.contextmanager
+def blamed(name: str, gm: fx.GraphModule) -> Iterator[None]:
+    """Turn what is raised inside, errors of graphopt's own left out, into a PassError of the pass `name`."""
+    try:
+        yield
+    except GraphoptError:
+        raise
+    except Exception as error:
+        raise PassError(_blame(name, error, gm)) from error
+
+
 def run(
     gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[Pass], disable: Iterable[str] = ()
 ) -> tuple[fx.GraphModule, list[PassRecord]]:
@@ -91,12 +103,9 @@ def run(
         token = _record.set(record)
         start = time.perf_counter()
         try:
-            gm = each(gm, example_inputs)
-            gm.graph.lint()
-        except GraphoptError:
-            raise
-        except Exception as error:
-            raise PassError(_blame(name, error, gm)) from error
+            with blamed(name, gm):
+                gm = each(gm, example_inputs)
+                gm.graph.lint()
         finally:
             _record.reset(token)
         record.seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ plan, encode, cut                        where a preset or an option asks for a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from graphopt import passes
+from graphopt.errors import PassError
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose
 from graphopt.options import Options
@@ -33,7 +35,7 @@ from graphopt.partition import (
     merge_equal,
     prefer,
 )
-from graphopt.pipeline import Pass, PassRecord, bind, run, take_back
+from graphopt.pipeline import Pass, PassRecord, bind, blamed, run, take_back
 from graphopt.plan.make import Planning
 
 
@@ -103,12 +105,20 @@ def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, 
     best = if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT, decomposed=True)
     if not options.planned:
         return Split(*best.halves, records)
-    stock = attempts[-1].bytes
-    planning = Planning(merge_equal(copy(best.decomposed)), outputs, stock, options.settings(stock), options.plan)
+    stock = attempts[-1].bytes  # that of the plain graph, cut as stock
+    settings = options.settings(stock)
+    if best.bytes <= settings.goal.budget < math.inf:
+        return Split(*best.halves, records)
+    graph = merge_equal(copy(best.decomposed))
+    with blamed("plan", graph):
+        planning = Planning(graph, outputs, stock, settings, options.plan)
     bound = [bind(each, decisions=planning.decisions, num_fwd_outputs=outputs) for each in passes.PLANNED]
     gm, more = run(copy(planning.gm), joint_inputs, bound)
     halves = cut_as_tagged(gm, joint_inputs, **kwargs)
-    if crossing_bytes(halves[0], outputs) >= best.bytes and options.memory_budget is None and options.plan is None:
+    found = crossing_bytes(halves[0], outputs)
+    if found > settings.goal.budget:
+        raise PassError(f"the plan saves {planning.plan.bytes:,} bytes, but its graph {found:,}: a bug of the planner")
+    if found >= best.bytes and options.memory_budget is None and options.plan is None:
         take_back(more, "it saves no bytes: the exact graph saves no more")
         return Split(*best.halves, [*records, *more])
     return Split(*halves, [*records, *more], planning)

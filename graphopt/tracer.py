@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -93,8 +94,12 @@ class Capture:
         return saved, (*records, *halves.records), halves.planning
 
     def frontier(self, options: Options = Options()) -> list[Plan]:  # noqa: B008
-        """The best plans from most bytes to fewest, whatever the goal, by the codecs that the options allow."""
-        allowed = replace(options, preset="compressed", memory_budget=1.0, plan=None)
+        """The best plans from most bytes to fewest, by all codecs of the options' group size and rounding."""
+        preset = "compressed" if options.preset in ("exact", "paper") else options.preset
+        allowed = replace(
+            options, preset=preset, memory_budget=None, plan=None, tolerance=math.inf, time_slack=math.inf,
+            rounding=options.rounding or (None if options.codecs else "stochastic"), recompute="any",
+        )  # fmt: skip
         planning = self.lowmem(allowed)[2]
         return planning.frontier() if planning else []
 

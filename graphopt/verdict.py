@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from graphopt.codecs import named
 from graphopt.options import Options
+from graphopt.plan import KEEP, RECOMPUTE
 
 # Limits. eps is that of the least precise dtype among a model's parameters and saved tensors.
 # the loss: eps twice, for the same roundings in another order; float32 sums thousands of terms
@@ -99,6 +101,9 @@ class Check:
 def limit(options: Options) -> float:
     """The relative error that a parameter's gradient may have beside rounding."""
     tolerance = options.value("tolerance") if options.planned else 0.0
+    if options.plan is not None:
+        decisions = {each.decision for each in options.plan.choices} - {KEEP, RECOMPUTE}
+        tolerance = max((named(decision).error for decision in decisions), default=0.0)
     return max(CODECS * tolerance if tolerance < math.inf else UNLIMITED, CODES if options.code else 0.0)
 
 
@@ -126,7 +131,8 @@ def _problems(found: Check) -> Iterator[str]:
             f"No bytes are saved: {found.bytes:,} are kept for backward, and {found.stock_bytes:,} under stock "
             f"Inductor. graphopt.explain shows which; try {cure}."
         )
-    expected = 1 + (found.options.value("time_slack") if found.options.planned else 0.0)
+    slack = found.options.value("time_slack") if found.options.planned else 0.0
+    expected = 1 + (found.options.plan.time if found.options.plan is not None else slack)
     if found.step_ratio > expected + NOISE:
         yield (
             f"A step takes {found.step_ratio:.2f} times as long as under stock Inductor, where {expected:.2f} was "

@@ -106,7 +106,8 @@ def test_options_are_equal_whatever_the_order():
 
 
 OTHERS = {
-    "preset": "smallest", "memory_budget": 0.5, "tolerance": 0.02, "time_slack": 0.2, "group_size": 128,
+    "preset": "smallest", "memory_budget": 0.5, "tolerance": 0.02, "time_slack": 0.2, "codecs": ("fp8",),
+    "group_size": 128,
     "rounding": "stochastic", "approx_activation": "lloyd", "recompute": "any", "disable": ("encode",),
 }  # fmt: skip
 

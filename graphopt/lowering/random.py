@@ -31,7 +31,7 @@ def seed(device: torch.device) -> Tensor:
 
 
 def fuse_seeds(gm: fx.GraphModule) -> None:
-    """Draw all seeds that `uniform` and `seed` asked for at once, one kernel for each device, behind the graph's own."""
+    """Draw all seeds that were asked for at once, one kernel for each device, behind the graph's own."""
     graph = gm.graph
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for node in graph.find_nodes(op="call_function", target=prims.inductor_seeds.default):

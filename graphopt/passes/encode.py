@@ -74,7 +74,7 @@ def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]
     order = memory_order(node.meta["val"])
     result = splice(
         node.graph, place_behind(node), lambda x: codec.encode(x.permute(order)), (node,), like=node,
-        decompositions=inductor_table(), memo=_memo(traced, encode, codec, node),
+        decompositions=inductor_table(), memo=_memo(traced, "encode", codec, node),
     )  # fmt: skip
     for part in result:
         part.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -82,7 +82,7 @@ def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]
     return tuple(result)
 
 
-def _memo(traced: Traced, direction: object, codec: Codec, node: fx.Node) -> tuple[Traced, object] | None:
+def _memo(traced: Traced, direction: str, codec: Codec, node: fx.Node) -> tuple[Traced, object] | None:
     """Layers are alike: each codec is traced once for every layout, unless that has symbolic sizes."""
     value = node.meta["val"]
     layout = (*value.shape, *value.stride())
@@ -112,22 +112,34 @@ class _Backward:
     traced: Traced
     made: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.place = {node: place for place, node in enumerate(self.graph.nodes)}
+
     def of(self, node: fx.Node, before: fx.Node) -> fx.Node:
-        if node not in self.made:
-            self.made[node] = self._decoded(node, before) if node in self.parts else self._copied(node, before)
+        """What stands for a node, with all that it is copied from."""
+        needed, queue = set[fx.Node](), [node]
+        while queue:
+            each = queue.pop()
+            if each not in self.made and each not in needed:
+                needed.add(each)
+                queue.extend(each.all_input_nodes if self._follows(each) else ())
+        for each in sorted(needed, key=self.place.__getitem__):
+            self.made[each] = self._decoded(each, before) if each in self.parts else self._copied(each, before)
         return self.made[node]
+
+    def _follows(self, node: fx.Node) -> bool:
+        """Whether it is recomputed, or shows another node, and so depends on what stands for its inputs."""
+        is_size = isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+        if node.op != "call_function" or is_size or node in self.parts:
+            return False
+        return self.owner[node] is not node or self.decisions.get(node.name) == RECOMPUTE
 
     def _copied(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """A copy of what is recomputed, or shows what is decoded or recomputed; the node itself if it is neither."""
-        if node.op != "call_function" or isinstance(
-            node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)
-        ):
+        if not self._follows(node):
             return node
-        shows = self.owner[node] is not node
-        if not shows and self.decisions.get(node.name) != RECOMPUTE:
-            return node
-        read = {each: self.of(each, before) for each in node.all_input_nodes}
-        if shows and all(new is old for old, new in read.items()):
+        read = {each: self.made[each] for each in node.all_input_nodes}
+        if self.owner[node] is not node and all(new is old for old, new in read.items()):
             return node
         new = copy_node(node, before, read)
         _put_in_backward(new)
@@ -144,7 +156,7 @@ class _Backward:
         last = before.prev
         result: fx.Node = splice(
             self.graph, before, decode, (node, *self.parts[node]), like=node, decompositions=inductor_table(),
-            memo=_memo(self.traced, _Backward, codec, node),
+            memo=_memo(self.traced, "decode", codec, node),
         )  # fmt: skip
         while last.next is not before:
             last = last.next

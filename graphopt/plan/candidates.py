@@ -103,12 +103,13 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
             exact.add(owner[node])
         if not in_checkpoint(node) and any(in_checkpoint(user) for user in node.users):
             exact.add(owner[node])
+    statistics = _statistics(forward)
     found = Graph(owner=owner)
     for node in _ancestors(required, owner):
         value = tensor(node)
         given = node.op != "call_function"
         lives_on = value is not None and storage(value) in users
-        why = _why_raw(node, value, node in exact)
+        why = _why_raw(node, value, node in exact, node in statistics)
         found.values[node] = Value(
             node,
             0 if value is None else storage_bytes([value]),
@@ -146,7 +147,7 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
 
 
-def _why_raw(node: fx.Node, value: torch.Tensor | None, exact: bool) -> str:
+def _why_raw(node: fx.Node, value: torch.Tensor | None, exact: bool, statistic: bool) -> str:
     """Why a value cannot be encoded; empty where it can."""
     if value is None or not value.is_floating_point() or value.dtype.itemsize == 1:
         return "not a floating-point tensor"
@@ -154,7 +155,7 @@ def _why_raw(node: fx.Node, value: torch.Tensor | None, exact: bool) -> str:
         return "it does not fill its storage"
     if storage_bytes([value]) < SMALLEST:
         return f"it has less than {SMALLEST} bytes"
-    if _statistic(node):
+    if statistic:
         return "it is a statistic of many values, which all else depends on"
     if exact:
         return "backward compares it, divides by it or hands it to an operator that nobody knows"
@@ -206,12 +207,16 @@ def _reduces(node: fx.Node) -> bool:
     return _reads(node) > 4 * given > 0
 
 
-def _statistic(node: fx.Node) -> bool:
-    """Whether each of its values stands for many: a norm's rstd, an attention's logsumexp, their logarithms."""
-    if is_heavy(node) or node.op != "call_function" or packet(node) in INDEXING:
-        return False
-    read = [each for each in node.all_input_nodes if each.op == "call_function" and tensor(each) is not None]
-    return _reduces(node) or (bool(read) and all(_statistic(each) for each in read))
+def _statistics(forward: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes of which each value stands for many: a norm's rstd, an attention's logsumexp, their logarithms."""
+    found: set[fx.Node] = set()
+    for node in forward:
+        if is_heavy(node) or node.op != "call_function" or packet(node) in INDEXING:
+            continue
+        read = [each for each in node.all_input_nodes if each.op == "call_function" and tensor(each) is not None]
+        if _reduces(node) or (read and all(each in found for each in read)):
+            found.add(node)
+    return found
 
 
 def _reads(node: fx.Node) -> int:

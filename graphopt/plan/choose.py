@@ -76,8 +76,8 @@ def choose(problem: Problem, stock: int, goal: Goal) -> Solution:
             f"more time, which is more than {goal.time_slack:.1%}"
         )
     best = min(in_time, key=cost)
-    finest = replace(problem, tolerance=max((codec.error for codec in best.saved.values() if codec), default=0.0))
-    tilted = [each for tilt in TILTS[1:] for each in _within_budget(finest, stock, goal.budget, tilt)]
+    limited = replace(problem, tolerance=max((codec.error for codec in best.saved.values() if codec), default=0.0))
+    tilted = [each for tilt in TILTS[1:] for each in _within_budget(limited, stock, goal.budget, tilt)]
     return min((each for each in (best, *tilted) if each.seconds <= limit), key=cost)
 
 
@@ -93,6 +93,7 @@ def _within_budget(problem: Problem, stock: int, budget: float, tilt: float = 0.
         if least.bytes > budget:
             continue
         found = _bisect(limited, unit, lambda each: each.bytes <= budget, least, tilt=tilt)
+        yield found
         yield refine(limited, found, budget)
 
 
@@ -104,7 +105,7 @@ def _bisect(
     up: bool = False,
     tilt: float = 0.0,
 ) -> Solution:
-    """The good solution at the lowest price, or with `up` at the highest; `found` is one at the other end."""
+    """A good solution near the lowest price of one, or with `up` the highest; `found` is one at the other end."""
     low, high = math.log(CHEAP), math.log(DEAR)
     for _ in range(STEPS):
         middle = (low + high) / 2

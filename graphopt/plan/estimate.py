@@ -8,6 +8,7 @@ A plan only compares such figures with one another, so what counts is the ratio 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,21 +65,21 @@ def rates(graph: fx.Graph) -> Rates:
 
 
 def seconds(node: fx.Node, rate: Rates) -> float:
-    """The time of one run of a heavy operator."""
+    """The time of one run of a heavy operator; infinite where its FLOPs are not known."""
     given = fx.map_arg((node.args, node.kwargs), lambda each: _sized(each.meta.get("val")))
     moved = sum(nbytes(value) for each in node.all_input_nodes if (value := tensor(each)) is not None)
     output = node.meta.get("val")
     values = output if isinstance(output, (tuple, list)) else (output,)
     moved += sum(nbytes(value) for value in values if isinstance(value, torch.Tensor))
-    flops = rate.attention_flops if "attention" in str(node.target) else rate.flops
+    flops = rate.attention_flops if packet(node) in ATTENTION else rate.flops
     return max(_flops(node, given, _sized(output)) / flops, moved / rate.bandwidth)
 
 
-def _flops(node: fx.Node, given: Any, output: Any) -> int:
+def _flops(node: fx.Node, given: Any, output: Any) -> float:
     try:
-        return int(FLOPS[packet(node)](*given[0], **given[1], out_val=output))
+        return float(FLOPS[packet(node)](*given[0], **given[1], out_val=output))
     except (TypeError, AssertionError, ValueError, KeyError, IndexError):  # layouts that the formula was not made for
-        return 0
+        return math.inf
 
 
 def _sized(value: Any) -> Any:
@@ -115,8 +116,8 @@ def step_seconds(graph: fx.Graph, rate: Rates) -> float:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if is_heavy(node):
-            total += seconds(node, rate)
+        if is_heavy(node) and math.isfinite(time := seconds(node, rate)):
+            total += time
         value = tensor(node)
         if value is not None and storage(value) not in seen and not is_heavy(node) and written_out(node):
             seen.add(storage(value))

@@ -10,14 +10,17 @@ sum: what six transformer blocks show on average, by a factor of two or three ei
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from graphopt.codecs import Codec, named
+from graphopt.codecs import MASK, Codec, named
+from graphopt.errors import PlanError
 from graphopt.graph import hint, module_of, operator_name, source_of
 from graphopt.plan import KEEP, RECOMPUTE, Choice, Plan, fingerprint
 from graphopt.plan.candidates import Value, values
@@ -47,30 +50,51 @@ class Planning:
         self.gm, self.stock = gm, stock
         self.problem = problem_of(gm, num_fwd_outputs, stock, settings)
         if given is not None and given.graph == fingerprint(gm.graph):
-            self.plan = given
+            followed = self._described(self._followed(given), given.goal)
+            self.plan = given if followed.bytes == given.bytes else followed  # its estimates may rest on measurements
         else:
             if given is not None:
-                warnings.warn(f"plan {given.graph} is for another graph: this one is planned anew", stacklevel=2)
+                warnings.warn(f"plan {given.graph} is for another graph: this one is planned anew", stacklevel=3)
             self.plan = self._described(choose(self.problem, stock, settings.goal), str(settings.goal))
 
     @property
     def decisions(self) -> dict[str, Codec | str]:
         """What becomes of every value, by its node's name: all that backward needs and is not saved is recomputed."""
-        saved = {each.node: each.decision for each in self.plan.choices if each.decision != RECOMPUTE}
-        found: dict[str, Codec | str] = {}
-        queue = [node for node, value in self.problem.graph.values.items() if value.required]
+        followed = self._followed(self.plan)
+        found: dict[str, Codec | str] = {node.name: codec or KEEP for node, codec in followed.saved.items()}
+        return found | {node.name: RECOMPUTE for node in followed.recomputed}
+
+    def _followed(self, plan: Plan) -> Solution:
+        """What a plan comes to in this graph: all that backward needs and is not saved is recomputed.
+
+        Raises PlanError where a choice has no place in the graph, or is not allowed in it.
+        """
+        values = self.problem.graph.values
+        saved = {each.node: each.decision for each in plan.choices if each.decision != RECOMPUTE}
+        unknown = [name for name in saved if name not in {node.name for node in values}]
+        if unknown:
+            raise PlanError(f"plan {plan.graph}: backward does not read {unknown[0]!r} of this graph")
+        kept, recomputed, held = dict[fx.Node, Codec | None](), set[fx.Node](), set[fx.Node]()
+        queue = [node for node, value in values.items() if value.required]
         while queue:
             node = queue.pop()
-            value = self.problem.graph.values[node]
-            if node.name in found or value.free:
+            value = values[node]
+            if node in kept or node in recomputed or node in held:
                 continue
-            if node.name in saved:
-                decision = saved[node.name]
-                found[node.name] = KEEP if decision == KEEP else named(decision)
+            if value.free:
+                held.add(node)
+            elif node.name in saved:
+                kept[node] = _allowed(plan, value, saved[node.name])
+            elif math.isinf(value.recompute):
+                raise PlanError(f"plan {plan.graph}: {node.name!r} is not saved, and it cannot be recomputed")
             else:
-                found[node.name] = RECOMPUTE
+                recomputed.add(node)
                 queue.extend(value.inputs)
-        return found
+        return self.problem.priced(
+            {node: kept[node] for node in values if node in kept},
+            tuple(node for node in values if node in recomputed),
+            tuple(node for node in values if node in held and node.op == "call_function"),
+        )
 
     def frontier(self) -> list[Plan]:
         """The best plans from most bytes to fewest, whatever the goal."""
@@ -100,6 +124,17 @@ def problem_of(gm: fx.GraphModule, num_fwd_outputs: int, stock: int, settings: S
     smallest = unknown.solve(DEAR * step / max(stock, 1))
     share = SENSITIVITY / max(1, sum(codec is not None for codec in smallest.saved.values()))
     return Problem(found, step, rate, lambda value: share)
+
+
+def _allowed(plan: Plan, value: Value, decision: str) -> Codec | None:
+    """The codec of a decision; one for a mask is for masks only, and all others are for what may be encoded."""
+    if decision == KEEP:
+        return None
+    codec, is_mask = named(decision), value.node.meta["val"].dtype == torch.bool
+    if (value.raw and not (is_mask and codec is MASK)) or not value.savable or is_mask != (codec is MASK):
+        why = value.raw or "it is for masks"
+        raise PlanError(f"plan {plan.graph}: {value.node.name!r} cannot be saved as {decision}: {why}")
+    return codec
 
 
 def _saved(problem: Problem, value: Value, codec: Codec | None) -> Choice:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the other process inherits it
+import block_traffic
 import offline_cuda
 
 SCHEMES = ("relu3", "lloyd", "unbiased")
@@ -144,3 +145,50 @@ def test_a_norm_takes_no_more_kernels_than_it_did(generated, kind, frozen):
         assert len(backward.kernels) <= backwards
         # no kernel of forward reads anything twice
         assert not any(loads > 1 for kernel in forward.kernels for loads in kernel.loads.values())
+
+
+@pytest.fixture(scope="module", params=["vit-full", "llama-full"])
+def block(request, generated):
+    """method -> kernels and bytes of a whole block; of an encoded tensor the bytes before and after."""
+    return lambda method: generated(block_traffic.traffic, request.param, method)
+
+
+@pytest.mark.slow
+def test_a_block_takes_no_more_kernels_than_stock(block):
+    stock, exact = block("inductor"), block("lowmem:exact")
+    for half in ("forward", "backward"):
+        assert exact[half]["kernels"] <= stock[half]["kernels"]
+        assert exact[half]["products"] == stock[half]["products"]
+    # forward stores z of two norms
+    assert exact["forward"]["bytes"] - stock["forward"]["bytes"] <= 2 * block_traffic.UNIT
+    # z has no weight in it: the gradients of the linears behind the norms, of three and four times the width at least
+    # (Llama's are 3 and 5.5), are scaled by it, read and written once more, and beta's is a sum over dy
+    gradients = 2 * (3 + 5.5) * block_traffic.WIDTH**2 * 2
+    assert exact["backward"]["bytes"] - stock["backward"]["bytes"] <= gradients
+
+
+@pytest.mark.slow
+def test_a_code_of_8_bits_costs_a_kernel_and_a_read_at_most(block):
+    exact, compressed = block("lowmem:exact"), block("lowmem:compressed")
+    before, after = (sum(sizes) for sizes in zip(*compressed["encoded"]))
+    for half in ("forward", "backward"):
+        assert compressed[half]["kernels"] - exact[half]["kernels"] <= len(compressed["encoded"])
+        assert compressed[half]["products"] == exact[half]["products"]
+    # codes are written once, and what no kernel of forward has at hand is read once more
+    assert compressed["forward"]["bytes"] - exact["forward"]["bytes"] <= before + after
+    # codes are read; what is written out for a matrix product is less than what fused readers no longer read
+    assert compressed["backward"]["bytes"] - exact["backward"]["bytes"] <= after
+
+
+@pytest.mark.slow
+def test_the_smallest_plan_runs_forward_once_more_at_most(block):
+    exact, smallest = block("lowmem:exact"), block("lowmem:smallest")
+    before, after = (sum(sizes) for sizes in zip(*smallest["encoded"]))
+    codes = 2 * len(smallest["encoded"])  # a kernel that packs or unpacks, and one that makes noise
+    forward, backward = smallest["forward"], smallest["backward"]
+    assert forward["kernels"] - exact["forward"]["kernels"] <= codes
+    assert backward["kernels"] - exact["backward"]["kernels"] <= exact["forward"]["kernels"] + codes
+    assert forward["products"] == exact["forward"]["products"]
+    assert backward["products"] - exact["backward"]["products"] <= exact["forward"]["products"]
+    assert forward["bytes"] - exact["forward"]["bytes"] <= before + after
+    assert backward["bytes"] - exact["backward"]["bytes"] <= exact["forward"]["bytes"] + before + after

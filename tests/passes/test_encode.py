@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from plan_blocks import BLOCKS, batch, build
@@ -40,7 +42,7 @@ def test_eight_bits_cost_half_a_percent(name):
 def test_smallest_is_unbiased(name):
     model, x = build(name), batch()
     exact = step(model, (x,), **EXACT)[1]
-    draws = 64
+    draws = 16
     mean = {key: torch.zeros_like(value) for key, value in exact.items()}
     compiled = torch.compile(model, backend="lowmem_eager", options={"preset": "smallest"})
     errors = {}
@@ -52,35 +54,24 @@ def test_smallest_is_unbiased(name):
             mean[key] += (parameter.grad - mean[key]) / draw
         errors[draw] = distance(mean, exact)
     assert errors[1] > 0.01
-    # 1 / sqrt(64) is 1/8; twice that leaves room for what is of second order in a codec's error of 0.1, and for chance
-    assert errors[64] < errors[1] / 4
+    # 1 / sqrt(16) is 1/4; half as much again leaves room for what is of second order in a codec's error of 0.1
+    assert errors[16] < 1.5 * errors[1] / 4
 
 
-def test_dropout_masks_agree():
+@pytest.mark.parametrize("options", LOSSY, ids=str)
+def test_dropout_masks_agree(options):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 64)
 
         def forward(self, x):
-            return self.second(F.dropout(F.gelu(self.first(x)), 0.5))
+            return F.dropout(self.second(F.dropout(F.gelu(self.first(x)), 0.5)), 0.5)
 
-    model, x = Net(), torch.randn(64, 64)
-    for options in LOSSY:
-        compiled = torch.compile(model, backend="lowmem_eager", **options)
-        model.zero_grad()
-        torch.manual_seed(5)
-        y = compiled(x)
-        y.backward(torch.ones_like(y))
-        # what was dropped gives the second weight nothing: a column of its gradient is the sum of kept activations
-        kept = model.second.weight.grad[0]
-        torch.manual_seed(5)
-        again = torch.compile(model, backend="lowmem_eager", **EXACT)
-        model.zero_grad()
-        again(x).backward(torch.ones_like(y))
-        expected = model.second.weight.grad[0]
-        assert torch.linalg.vector_norm(kept - expected) < 0.5 * torch.linalg.vector_norm(expected)
-        torch._dynamo.reset()
+    model = Net()
+    y = torch.compile(model, backend="lowmem_eager", **options)(torch.randn(64, 64))
+    y.sum().backward()
+    assert torch.equal(model.second.bias.grad, 2.0 * (y != 0).sum(0))
 
 
 def test_a_relu_drops_what_it_dropped():
@@ -95,30 +86,23 @@ def test_a_relu_drops_what_it_dropped():
         assert gradients["0.weight"][dead.argmin()].abs().max() == 0, options
 
 
-def test_what_is_divided_by_is_not_encoded():
-    def function(x, w):
-        h = x @ w
-        return (x / (h * h + 1e-3)).sum() + torch.log(h.abs() + 1e-3).sum()
-
+def test_what_is_divided_by_or_compared_is_not_encoded():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w = nn.Parameter(torch.randn(64, 64))
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
 
         def forward(self, x):
-            return function(x, self.w).reshape(1)
+            divisor, compared = self.first(x), self.second(x)
+            return x / divisor + torch.maximum(compared, x)
 
     model, x = Net(), torch.randn(256, 64, requires_grad=True)
-    exact = step(model, (x,), **EXACT)[1]
-    for options in LOSSY:
-        try:
-            found = step(model, (x,), **options)[1]
-        except graphopt.GraphoptError as error:
-            assert "cannot be reached" in str(error)
-            continue
-        assert all(value.isfinite().all() for value in found.values())
-        # h crosses as it is; only x's own coefficient may come from a code
-        assert distance(found, exact) < 0.2, options
+    plan = graphopt.explain(model, x, preset="smallest", options={"time_slack": 10}).plan
+    assert {choice.decision for choice in plan.choices if choice.operator == "addmm"} <= {"keep"}
+    exact, found = step(model, (x,), **EXACT)[1], step(model, (x,), **SMALLEST)[1]
+    # of the divisor's gradient -g x / h^2 only g and x have an error, of 0.1; a maximum picks what it picked
+    assert distance(found, exact) < 0.2
+    torch.testing.assert_close(found["second.bias"], exact["second.bias"])
 
 
 def test_parameters_outputs_and_integers_are_never_encoded():
@@ -134,7 +118,8 @@ def test_parameters_outputs_and_integers_are_never_encoded():
 
     report = graphopt.explain(Net(), torch.randint(0, 100, (8, 64)), preset="smallest")
     encoded = [choice for choice in report.plan.choices if choice.decision not in ("keep", "recompute")]
-    assert all(choice.operator not in ("tanh", "primals") for choice in encoded)
+    assert encoded
+    assert all(choice.operator != "tanh" and not choice.node.startswith("primals") for choice in encoded)
     assert all(choice.dtype.startswith(("float", "bfloat")) for choice in encoded)
 
 
@@ -204,3 +189,34 @@ def test_inductor_saves_the_same_bytes_and_gives_the_same_gradients(preset):
     exact = step(model, (x,), **EXACT)[1]
     # drawn numbers may differ between the two; their sizes do not
     assert distance(found, exact) < 1.5 * distance(eager, exact) + 1e-6
+
+
+def test_a_long_chain_of_operators_is_planned():
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x):
+            h = self.linear(x)
+            for _ in range(400):  # a recursion of two calls an operator would not come to an end
+                h = torch.sin(h)
+            return self.linear(h)
+
+    model, x = Chain(), torch.randn(256, 64)
+    step(model, (x,), **COMPRESSED)
+
+
+def test_a_mask_that_an_edited_plan_forgets_is_an_error():
+    model, x = build("vit", dropout=0.1), batch()
+    plan = graphopt.explain(model, x).plan
+    kept = tuple(choice for choice in plan.choices if not choice.dtype.startswith("int"))
+    assert len(kept) < len(plan.choices)
+    with pytest.raises(graphopt.PlanError, match="is not saved, and it cannot be recomputed"):
+        graphopt.explain(model, x, options={"plan": dataclasses.replace(plan, choices=kept)})
+    coded = tuple(
+        dataclasses.replace(choice, decision="int8") if choice.dtype.startswith("int") else choice
+        for choice in plan.choices
+    )
+    with pytest.raises(graphopt.PlanError, match="cannot be saved as int8"):
+        graphopt.explain(model, x, options={"plan": dataclasses.replace(plan, choices=coded)})
