@@ -124,8 +124,8 @@ def render_answers(results: Row) -> str:
         else "What does not hold of budgets:\n\n" + "\n".join(f"- {text}" for text in broken)
     )
     return (
-        f"{_setting(results)} To each `activation_memory_budget` the fastest plan with no more bytes; the claim holds if "
-        f"it is slower by at most {NOISE:.0%}. Units / step time / gradient error:\n\n"
+        f"{_setting(results)} To each `activation_memory_budget` the fastest plan with no more bytes, which holds "
+        f"if it is slower by at most {NOISE:.0%}. Units / step time / gradient error:\n\n"
         f"{_answers(list(against_budgets(rows)))}\n\n"
         "To the fp8 pass the fastest plan with fewer bytes and less error:\n\n"
         f"{_answers(list(against_fp8(rows)))}\n\n{kept}"

@@ -21,6 +21,7 @@ from graphopt.graph import (
     ENCODED,
     after_tangents,
     copy_node,
+    in_checkpoint,
     inverse,
     memory_order,
     operator_name,
@@ -130,8 +131,8 @@ class _Backward:
     def _follows(self, node: fx.Node) -> bool:
         """Whether it is recomputed, or shows another node, and so depends on what stands for its inputs."""
         is_size = isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
-        if node.op != "call_function" or is_size or node in self.parts:
-            return False
+        if node.op != "call_function" or is_size or node in self.parts or in_checkpoint(node):
+            return False  # what is checkpointed keeps its tag, by which the cut recomputes it, its random numbers too
         return self.owner[node] is not node or self.decisions.get(node.name) == RECOMPUTE
 
     def _copied(self, node: fx.Node, before: fx.Node) -> fx.Node:

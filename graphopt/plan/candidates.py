@@ -3,6 +3,7 @@
 A codec changes a value a little. So what is decoded may only be read where a small change stays small:
     ROUGH      comparisons, rounding, indices: what they answer is saved, never recomputed
     SINGULAR   a denominator, the argument of a logarithm: such a value is saved as it is
+Nor can one scale serve values that lie orders of magnitude apart: EXPONENTIAL and QUOTIENT are saved as they are.
 Views go with what they show. Random numbers, collectives and operators nobody knows are not recomputed; what a
 checkpointed region reads is not encoded.
 """
@@ -47,6 +48,15 @@ RECOMPUTABLE_KERNELS = {
     aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, *ATTENTION,
 }  # fmt: skip
 CHEAP = {torch.ops.graphopt.unpack}  # of ours, beside those that torch lists
+EXPONENTIAL = {aten.exp, aten.exp2, aten.expm1, aten.sinh, aten.cosh, aten.tan}
+QUOTIENT = {
+    aten.div: 1,
+    aten.true_divide: 1,
+    prims.div: 1,
+    aten.reciprocal: 0,
+    aten.rsqrt: 0,
+}  # and what they divide by
+LINEAR = {aten.add, aten.sub, aten.mul, aten.neg, aten.where, aten.clone, prims.convert_element_type}
 # they read much and give little of it, but each value as it was
 INDEXING = {aten.embedding, aten.index, aten.gather, aten.slice, aten.select, aten.index_select}
 FUSED_SHARE = 0.05  # of the bytes of a recomputed value that a fused kernel still costs
@@ -94,7 +104,7 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
     op_types = get_default_op_list()
     forward = [node for node in graph.nodes if node not in after and node.op != "output"]
     gradients = set(_results(graph)[num_fwd_outputs:])
-    required, exact = set[fx.Node](), set[fx.Node]()
+    required, exact, region = set[fx.Node](), set[fx.Node](), set[fx.Node]()
     for node in forward:
         readers = [user for user in node.users if user in after and user.op != "output"]
         if readers or node in gradients:
@@ -102,21 +112,23 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
         if any(not _smooth(user, node, op_types) for user in readers):
             exact.add(owner[node])
         if not in_checkpoint(node) and any(in_checkpoint(user) for user in node.users):
-            exact.add(owner[node])
+            region.add(owner[node])
+    exact |= region
     statistics = _statistics(forward)
+    wide = _wide(forward, statistics)
     found = Graph(owner=owner)
     for node in _ancestors(required, owner):
         value = tensor(node)
         given = node.op != "call_function"
         lives_on = value is not None and storage(value) in users
-        why = _why_raw(node, value, node in exact, node in statistics)
+        why = _why_raw(node, value, node in exact, node in statistics, node in wide)
         found.values[node] = Value(
             node,
             0 if value is None else storage_bytes([value]),
             tuple(dict.fromkeys(owner[each] for each in node.all_input_nodes)),
             savable=given or (value is not None and not in_checkpoint(node)),
             free=given or lives_on or _is_size(node),
-            recompute=_recompute(node, op_types, rate, kernels, exact=bool(codecs) and node in exact),
+            recompute=_recompute(node, op_types, rate, kernels, exact=node in (exact if codecs else region)),
             codecs=() if given or lives_on else _codecs(value, why, codecs),
             raw=why,
             decoded_to_memory=written_out(node),
@@ -147,7 +159,7 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
 
 
-def _why_raw(node: fx.Node, value: torch.Tensor | None, exact: bool, statistic: bool) -> str:
+def _why_raw(node: fx.Node, value: torch.Tensor | None, exact: bool, statistic: bool, wide: bool) -> str:
     """Why a value cannot be encoded; empty where it can."""
     if value is None or not value.is_floating_point() or value.dtype.itemsize == 1:
         return "not a floating-point tensor"
@@ -157,6 +169,8 @@ def _why_raw(node: fx.Node, value: torch.Tensor | None, exact: bool, statistic: 
         return f"it has less than {SMALLEST} bytes"
     if statistic:
         return "it is a statistic of many values, which all else depends on"
+    if wide:
+        return "its values lie many orders of magnitude apart"
     if exact:
         return "backward compares it, divides by it or hands it to an operator that nobody knows"
     return ""
@@ -217,6 +231,28 @@ def _statistics(forward: Sequence[fx.Node]) -> set[fx.Node]:
         if _reduces(node) or (read and all(each in found for each in read)):
             found.add(node)
     return found
+
+
+def _wide(forward: Sequence[fx.Node], statistics: set[fx.Node]) -> set[fx.Node]:
+    """Nodes whose values may lie orders of magnitude apart, of which one scale for a group keeps the largest only."""
+    found: set[fx.Node] = set()
+    for node in forward:
+        read = [each for each in node.all_input_nodes if each not in statistics]
+        if node in statistics or not read:
+            continue
+        if packet(node) in EXPONENTIAL and not _bounded(node, statistics):
+            found.add(node)
+        elif packet(node) in QUOTIENT and ORIGIN not in node.meta and node.args[QUOTIENT[packet(node)]] in read:
+            found.add(node)
+        elif packet(node) in LINEAR and any(each in found for each in read):
+            found.add(node)
+    return found
+
+
+def _bounded(node: fx.Node, statistics: set[fx.Node]) -> bool:
+    """exp(x - max(x)), as in a softmax written out."""
+    given = node.args[0]
+    return isinstance(given, fx.Node) and packet(given) is aten.sub and given.args[1] in statistics
 
 
 def _reads(node: fx.Node) -> int:

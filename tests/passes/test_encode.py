@@ -220,3 +220,41 @@ def test_a_mask_that_an_edited_plan_forgets_is_an_error():
     )
     with pytest.raises(graphopt.PlanError, match="cannot be saved as int8"):
         graphopt.explain(model, x, options={"plan": dataclasses.replace(plan, choices=coded)})
+
+
+@pytest.mark.parametrize("function", [lambda x: 1 / (1 + torch.exp(-x)), F.softplus, torch.nn.functional.silu])
+def test_an_exponential_is_not_encoded(function):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.first.weight.data *= 8
+
+        def forward(self, x):
+            return self.second(function(self.first(x)))
+
+    model, x = Net(), torch.randn(64, 64)
+    exact, found = step(model, (x,), **EXACT)[1], step(model, (x,), **COMPRESSED)[1]
+    # a slope of at most 1/4 (1 for silu) at an absolute error of 0.006 of the root mean square of x, which is 5
+    assert distance(found, exact) < 0.006 * 5 * 3**0.5
+
+
+def test_dropout_in_a_checkpointed_region_is_not_drawn_twice():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            def region(y):
+                return F.dropout(F.gelu(y), 0.3) * y
+
+            x = F.dropout(F.silu(self.first(x)), 0.2)
+            return self.second(checkpoint(region, x, use_reentrant=False).tanh())
+
+    model, x = Net(), torch.randn(64, 64)
+    exact = step(model, (x,), **EXACT)
+    for options in (COMPRESSED, {"options": {"preset": "compressed", "time_slack": 10}}):
+        found = step(model, (x,), **options)
+        assert torch.equal(found[0], exact[0])
+        assert distance(found[1], exact[1]) < 0.006 * 3**0.5
