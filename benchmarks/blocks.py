@@ -157,6 +157,10 @@ def record(arguments: argparse.Namespace, methods: Iterable[str], name: str, col
         "rows": [],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():  # other blocks, measured in the same setting, stay
+        before = json.loads(out.read_text())
+        if {**before, "rows": []} == results:
+            results["rows"] = [row for row in before["rows"] if row["block"] not in arguments.blocks]
     for block in arguments.blocks:
         for row in measure(block, methods, arguments.steps, setting):
             results["rows"].append(row)

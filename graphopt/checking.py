@@ -90,7 +90,7 @@ class _Way:
         if not trained:
             raise CaptureError("no parameter of the model is trained: there are no gradients to compare")
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        return float(loss), {name: each for name, each in zip(trained, found) if each is not None}
+        return loss.item(), {name: each for name, each in zip(trained, found) if each is not None}
 
     def seeded(self) -> tuple[float, Gradients]:
         """A step from a fixed seed, from the state in which the model is given; the first call compiles."""

@@ -25,7 +25,7 @@ STEPS = 10  # of bisection: a price to 1 part in 1,000 of its range on a logarit
 # a percent of gradient error, which training has to average away, against a percent of time
 ERROR_WEIGHT = 3
 TILTS = 0.0, 1.0, -1.0, 2.0  # of prices
-LESS = 0.99  # of the bytes of one point of a frontier that the next may have
+POINTS = 16  # prices of a frontier
 CHEAP, DEAR = 1e-5, 1e5  # prices, in units of (seconds of a step) / (bytes of stock)
 
 
@@ -47,9 +47,6 @@ def choose(problem: Problem, stock: int, goal: Goal) -> Solution:
     """The best solution for a goal. Raises PlanError with the least that can be reached where none meets it."""
     unit = problem.step / max(stock, 1)
     limit = goal.time_slack * problem.step
-
-    def cost(each: Solution) -> float:
-        return each.seconds / problem.step + ERROR_WEIGHT * each.error
 
     if goal.budget == math.inf:
         least = problem.solve(DEAR * unit)
@@ -75,19 +72,16 @@ def choose(problem: Problem, stock: int, goal: Goal) -> Solution:
             f"options 'memory_budget' and 'time_slack': {int(goal.budget):,} bytes take an estimated {fastest:.1%} "
             f"more time, which is more than {goal.time_slack:.1%}"
         )
-    best = min(in_time, key=cost)
+    best = min(in_time, key=lambda each: cost(problem, each))
     limited = replace(problem, tolerance=max((codec.error for codec in best.saved.values() if codec), default=0.0))
     tilted = [each for tilt in TILTS[1:] for each in _within_budget(limited, stock, goal.budget, tilt)]
-    return min((each for each in (best, *tilted) if each.seconds <= limit), key=cost)
+    return min((each for each in (best, *tilted) if each.seconds <= limit), key=lambda each: cost(problem, each))
 
 
 def _within_budget(problem: Problem, stock: int, budget: float, tilt: float = 0.0) -> Iterator[Solution]:
     """The plan of least cost within a budget for each tolerance, from the strictest that can reach it."""
     unit = problem.step / max(stock, 1)
-    errors = {codec.error for value in problem.graph.values.values() for codec in problem.codecs(value)}
-    if tilt and errors:
-        errors = {max(errors)}
-    for tolerance in sorted(errors) or [0.0]:
+    for tolerance in _tolerances(problem)[-1:] if tilt else _tolerances(problem):
         limited = replace(problem, tolerance=tolerance)
         least = limited.solve(DEAR * unit)
         if least.bytes > budget:
@@ -144,13 +138,30 @@ def _finer(problem: Problem, saved: Mapping[fx.Node, Codec | None]) -> Iterator[
                 yield node, more, other, gain
 
 
-def frontier(problem: Problem, stock: int, points: int = 24) -> list[Solution]:
-    """The best plans at prices from cheap to dear: none saves more than stock, each less than the one before."""
+def frontier(problem: Problem, stock: int) -> list[Solution]:
+    """Plans from most bytes to fewest, of those found at prices from cheap to dear with each set of codecs.
+
+    None saves more than stock; each costs more than the one before it, and less than any that saves no more.
+    """
     unit = problem.step / max(stock, 1)
-    exponents = [math.log10(CHEAP) + i * (math.log10(DEAR) - math.log10(CHEAP)) / (points - 1) for i in range(points)]
-    found: list[Solution] = []
-    for exponent in exponents:
-        solution = problem.solve(10**exponent * unit)
-        if solution.bytes <= stock and (not found or solution.bytes < LESS * found[-1].bytes):
-            found.append(solution)
-    return found
+    step = (math.log(DEAR) - math.log(CHEAP)) / (POINTS - 1)
+    found = [
+        replace(problem, tolerance=tolerance).solve(CHEAP * math.exp(i * step) * unit)
+        for tolerance in _tolerances(problem)
+        for i in range(POINTS)
+    ]
+    best: list[Solution] = []
+    for each in sorted(found, key=lambda each: (each.bytes, cost(problem, each))):
+        if each.bytes <= stock and (not best or cost(problem, each) < cost(problem, best[-1])):
+            best.append(each)
+    return best[::-1]
+
+
+def cost(problem: Problem, found: Solution) -> float:
+    """What a plan within a budget is chosen by: time, as a fraction of a step, and error."""
+    return found.seconds / problem.step + ERROR_WEIGHT * found.error
+
+
+def _tolerances(problem: Problem) -> list[float]:
+    """The errors of the codecs, from the finest; 0 if there is none."""
+    return sorted({codec.error for value in problem.graph.values.values() for codec in problem.codecs(value)}) or [0.0]

@@ -115,7 +115,7 @@ class Planning:
 def problem_of(gm: fx.GraphModule, num_fwd_outputs: int, stock: int, settings: Settings) -> Problem:
     rate = rates(gm.graph)
     found = values(gm, num_fwd_outputs, settings.codecs, rate, kernels=settings.kernels)
-    step = step_seconds(gm.graph, rate)
+    step = max(step_seconds(gm.graph, rate), 1e-9)  # of a graph that writes nothing out
     measured = settings.sensitivity
     if measured is not None:
         share = max(measured.values(), default=SENSITIVITY)  # what was not measured counts as the most sensitive
@@ -141,7 +141,7 @@ def _saved(problem: Problem, value: Value, codec: Codec | None) -> Choice:
     time = problem.codec_seconds(value, codec) / problem.step if problem.step else 0.0
     error = problem.squared_error(value, codec) ** 0.5
     why = f"its error of {codec.error:.3g} moves the gradient by {error:.2g}" if codec else value.raw
-    why = why or "no codec is worth its time and error here"
+    why = why or "no codec is worth its time and error here, or the time slack is spent"
     return Choice(**_about(value), decision=codec.name if codec else KEEP, bytes=value.bytes,
                   bytes_now=saved_bytes(value, codec), time=time, error=error, why=why)  # fmt: skip
 
