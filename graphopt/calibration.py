@@ -107,7 +107,7 @@ class _Measuring(CustomPartitionerFn):
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Halves:
         self.outputs, planning = kwargs["num_fwd_outputs"], split(gm, joint_inputs, self.options, **kwargs).planning
         if planning is None:
-            raise PlanError("there is nothing to calibrate: no codec saves bytes in this model under these options")
+            raise PlanError("there is nothing to calibrate: these options make no plan that saves bytes in this model")
         self.planning = planning
         # by their names in backward: values that may be encoded, and views of them
         self.value = {

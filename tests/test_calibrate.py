@@ -199,7 +199,7 @@ def test_hooks_of_training_do_not_run():
     model, ran = Block(), []
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(ran.append)
-    graphopt.calibrate(model, x(), options={"memory_budget": 0.5})
+    graphopt.calibrate(model, x(), options={"memory_budget": 0.2})
     assert not ran and all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -216,6 +216,6 @@ def test_several_graphs_are_refused():
 def test_options_without_a_plan_are_refused():
     with pytest.raises(OptionsError, match="exact"):
         graphopt.calibrate(Block(), x(), preset="exact")
-    plan = graphopt.calibrate(Block(), x(), options={"memory_budget": 0.5})
+    plan = graphopt.calibrate(Block(), x(), options={"memory_budget": 0.2})
     with pytest.raises(OptionsError, match="takes none"):
         graphopt.calibrate(Block(), x(), options={"plan": plan})
