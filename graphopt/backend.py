@@ -1,7 +1,7 @@
 """The backends torch.compile finds by name.
 
 forward graph                  canonicalize
-─ AOTAutograd ─▶ joint graph   split: share_norm, cut, approx_activation if asked for, pack_mask
+─ AOTAutograd ─▶ joint graph   split: share_norm, cut, approx_activation if asked for, pack_mask, plan, encode
 ─▶ forward, backward graphs    lower
 ─▶ Inductor, unmodified (`lowmem`), or run as they stand, node by node (`lowmem_eager`)
 """
@@ -80,7 +80,7 @@ def lowmem_eager(
 
 
 class Partitioner(CustomPartitionerFn):
-    """Joint passes, cut, cut passes: what AOTAutograd calls to split a joint graph. Picklable; a key of the caches."""
+    """Joint passes, cuts, plan: what AOTAutograd calls to split a joint graph. Picklable; a key of the caches."""
 
     def __init__(self, options: Options) -> None:
         self.options = options

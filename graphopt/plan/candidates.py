@@ -91,7 +91,6 @@ class Graph:
     """The values of a joint graph by their nodes, in its order; those that backward reads are `required`."""
 
     values: dict[fx.Node, Value] = field(default_factory=dict)
-    owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], rate: Rates, *, kernels: bool) -> Graph:
@@ -116,7 +115,7 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
     exact |= region
     statistics = _statistics(forward)
     wide = _wide(forward, statistics)
-    found = Graph(owner=owner)
+    found = Graph()
     for node in _ancestors(required, owner):
         value = tensor(node)
         given = node.op != "call_function"
