@@ -4,16 +4,9 @@
     python benchmarks/blocks.py --dtype float32                                   # or --autocast; a file of its own
     python benchmarks/blocks.py --blocks vit-full llama-full --methods inductor lowmem:exact --out /tmp/blocks.json
 
-A method is one of
-
-    eager, inductor
-    heuristics-off, aggressive, budget-FRACTION, fp8, checkpoint      torch's own ways to save less
-    lowmem, lowmem:PRESET, lowmem:PRESET:CODE                         the code being one of approx_activation
-    lowmem:KEY=VALUE[,KEY=VALUE], lowmem:PRESET:KEY=VALUE             any option, such as lowmem:memory_budget=0.06
-
-Sizes are in units: tokens x width x 2 bytes, one bf16 hidden state. Saved bytes and peak are deterministic; time is a
-ratio to stock Inductor, the median of pairs of steps run in turn; the gradient error is |g - g0| / |g0|, g0 from
-float32 eager on the same batch.
+Methods are those of methods.py. Sizes are in units: tokens x width x 2 bytes, one bf16 hidden state. Saved bytes and
+peak are deterministic; time is a ratio to stock Inductor, the median of pairs of steps run in turn; the gradient error
+is |g - g0| / |g0|, g0 from float32 eager on the same batch.
 """
 
 import argparse
@@ -22,40 +15,24 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
-import torch._inductor.config as inductor_config
+from methods import CHECKPOINT, STOCK, compiled, warm_up
 from networks import BLOCKS, WIDTH, build
+from provenance import machine, origin
 from torch import Tensor, nn
-from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 from graphopt.memory import peak_bytes, saved_bytes
 
 RESULTS = Path(__file__).parent / "results"
-STOCK, CHECKPOINT, BUDGET = "inductor", "checkpoint", "budget-"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# its defaults are for models of gigabytes: tensors from 100 MB on, 5 bits of range
-FP8 = {
-    "quant_type": "torch.float8_e4m3fn", "use_scaling": True, "size_in_mb": 0.01, "exclude_primals": True,
-    "allowed_dtypes": "torch.bfloat16;torch.float32",
-}  # fmt: skip
-# torch's own ways to save less, as patches of its settings
-KNOBS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "heuristics-off": partial(
-        functorch_config.patch, ban_recompute_used_far_apart=False, ban_recompute_materialized_backward=False
-    ),
-    "aggressive": partial(functorch_config.patch, aggressive_recomputation=True),
-    "fp8": partial(inductor_config.patch, post_grad_fusion_options={"activation_quantization_aten_pass": FP8}),
-}
 METHODS = (
     STOCK, "heuristics-off", "aggressive", "budget-0.5", "fp8", CHECKPOINT,
     "lowmem:exact", "lowmem:compressed", "lowmem:smallest", "lowmem:paper",
@@ -145,8 +122,9 @@ def record(arguments: argparse.Namespace, methods: Iterable[str], name: str, col
     torch._dynamo.config.recompile_limit = 4 * len(methods)
 
     for method in methods:
-        _warm_up(method, device)
+        warm_up(method, device)
     results: dict[str, Any] = {
+        **machine(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(setting),
@@ -161,9 +139,10 @@ def record(arguments: argparse.Namespace, methods: Iterable[str], name: str, col
         before = json.loads(out.read_text())
         if {**before, "rows": []} == results:
             results["rows"] = [row for row in before["rows"] if row["block"] not in arguments.blocks]
+    where = origin()
     for block in arguments.blocks:
         for row in measure(block, methods, arguments.steps, setting):
-            results["rows"].append(row)
+            results["rows"].append({**row, **where})
             print(_line(row), flush=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
@@ -206,7 +185,7 @@ def measure(name: str, methods: list[str], steps: int, setting: Setting) -> list
 
 def first_call(method: str, net: nn.Sequential, x: Tensor, setting: Setting) -> Run:
     """The network under `method` after its first step, which compiles it."""
-    forward = _compiled(method, Checkpointed(net) if method == CHECKPOINT else net)
+    forward = compiled(method, Checkpointed(net) if method == CHECKPOINT else net)
 
     def under_autocast(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -234,47 +213,6 @@ def gradient_error(run: Run, exact: Run, x: Tensor) -> float:
     assert wanted.keys() == found.keys(), f"{run.method}: other parameters have gradients than in eager"
     distance = sum((found[key].float() - wanted[key]).square().sum().item() for key in wanted)
     return math.sqrt(distance / sum(gradient.square().sum().item() for gradient in wanted.values()))
-
-
-def _compiled(method: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    if method == "eager":
-        return function
-    # fullgraph, so that nothing runs in eager unnoticed
-    if method in KNOBS or method.startswith(BUDGET):
-        knob = KNOBS.get(method) or partial(
-            functorch_config.patch, activation_memory_budget=float(method.removeprefix(BUDGET))
-        )
-        return torch.compile(function, backend=_patched(knob), fullgraph=True)
-    backend, *settings = (STOCK if method == CHECKPOINT else method).split(":")
-    return torch.compile(function, backend=backend, options=dict(_options(settings)) or None, fullgraph=True)
-
-
-def _options(settings: list[str]) -> Iterator[tuple[str, Any]]:
-    """The options of lowmem:...: a preset and a code stand first, without their names."""
-    for name, setting in zip(("preset", "approx_activation", ""), settings):
-        for item in setting.split(","):
-            key, equals, value = item.partition("=")
-            if equals:
-                # a number, or a word as it stands
-                yield key, json.loads(value) if value[:1] in "0123456789" else value
-            else:
-                yield name, key
-
-
-def _patched(knob: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
-    """Stock Inductor under other settings; a backend of its own, so that Dynamo keeps them apart."""
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        with knob():
-            return compile_fx(gm, example_inputs)
-
-    return backend
-
-
-def _warm_up(method: str, device: torch.device) -> None:
-    """Compile one line: the imports and probes of a first use are not a block's first call."""
-    x = torch.ones(8, device=device, requires_grad=True)
-    _compiled(method, lambda x: x.sin().sum())(x).backward()
 
 
 def _wait(device: torch.device) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 import matplotlib
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
-from blocks import CHECKPOINT, RESULTS, STOCK, parser, record
+from blocks import RESULTS, parser, record
 from claims import BUDGET, LOWMEM_BUDGET, Answer, Row, against_budgets, against_fp8, broken_promises
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from methods import CHECKPOINT, STOCK
 from table import NAMES
 from torch._inductor.utils import fresh_cache
 
