@@ -1,7 +1,7 @@
 """Real data that every machine with Python has: the standard library's source, and scikit-learn's digits."""
 
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +25,21 @@ def text(batch: int, length: int, seed: int) -> Data:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     if len(files) < 10:
         raise FileNotFoundError(f"no Python source in {sysconfig.get_paths()['stdlib']}")
-    train = _bytes([file for i, file in enumerate(files) if i % 10 != 9])
-    held_out = _bytes(files[9::10])
+    train = as_bytes(file.read_bytes() for i, file in enumerate(files) if i % 10 != 9)
+    return windows(train, as_bytes(file.read_bytes() for file in files[9::10]), batch, length, seed)
 
-    def windows(source: Tensor, starts: Tensor) -> Batch:
-        spans = source[starts[:, None] + torch.arange(length + 1)].long()
+
+def windows(train: Tensor, held_out: Tensor, batch: int, length: int, seed: int) -> Data:
+    """Windows of two texts, uint8 [bytes]: inputs and next bytes, int64 [batch, length], and 64 of them held out."""
+
+    def cut(text: Tensor, starts: Tensor) -> Batch:
+        spans = text[starts[:, None] + torch.arange(length + 1)].long()
         return spans[:, :-1], spans[:, 1:]
 
     def at(step: int) -> Batch:
-        return windows(train, torch.randint(len(train) - length, (batch,), generator=_generator(seed, step)))
+        return cut(train, torch.randint(len(train) - length, (batch,), generator=generator(seed, step)))
 
-    return Data(at, windows(held_out, torch.linspace(0, len(held_out) - length - 1, 64).long()))
+    return Data(at, cut(held_out, torch.linspace(0, len(held_out) - length - 1, 64).long()))
 
 
 def digits(batch: int, seed: int) -> Data:
@@ -45,15 +49,17 @@ def digits(batch: int, seed: int) -> Data:
     kept = torch.arange(len(labels)) % 5 != 4
 
     def at(step: int) -> Batch:
-        chosen = torch.randint(int(kept.sum()), (batch,), generator=_generator(seed, step))
+        chosen = torch.randint(int(kept.sum()), (batch,), generator=generator(seed, step))
         return images[kept][chosen], labels[kept][chosen]
 
     return Data(at, (images[~kept], labels[~kept]))
 
 
-def _bytes(files: list[Path]) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
+def as_bytes(texts: Iterable[bytes]) -> Tensor:
+    """Texts joined into one, uint8 [bytes]."""
+    return torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
 
 
-def _generator(seed: int, step: int) -> torch.Generator:
+def generator(seed: int, step: int) -> torch.Generator:
+    """Random numbers of one step of one run."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)

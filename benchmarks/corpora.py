@@ -1,0 +1,108 @@
+"""The data of fine-tuning, all of it from installed packages: Python source, its docstrings, its packages, digits.
+
+What a model is pre-trained on and what it is fine-tuned on never come from the same file. Each function gives the Data
+of one run: `train(step)` is a batch, the same for every method under one seed, and `held_out` comes from other files.
+"""
+
+import ast
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graphopt.demo import data
+from graphopt.demo.data import Batch, Data, as_bytes, generator, windows
+
+# packages of the standard library that every installation has, and that differ enough to be told apart
+PACKAGES = ("asyncio", "email", "http", "importlib", "multiprocessing", "unittest", "urllib", "xml")
+IGNORED = -100  # a target that does not count, as of torch.nn.functional.cross_entropy
+MASK, MASKED = 0, 0.15  # source has no byte 0
+
+
+def source(batch: int, length: int, seed: int) -> Data:
+    """Next bytes of the source of PACKAGES, int64 [batch, length]."""
+    train, held_out = zip(*(_package(name) for name in PACKAGES))
+    return windows(torch.cat(train), torch.cat(held_out), batch, length, seed)
+
+
+def docstrings(batch: int, length: int, seed: int) -> Data:
+    """Next bytes of the docstrings of the standard library's single modules, int64 [batch, length]."""
+    return windows(*_docstrings(), batch, length, seed)
+
+
+def masked_source(batch: int, length: int, seed: int) -> Data:
+    """Source of single modules, 15 % of its bytes masked: targets are the bytes that were, int64 [batch, length]."""
+    plain = data.text(batch, length, seed)
+
+    def masked(x: Tensor, random: torch.Generator) -> Batch:
+        hidden = torch.rand(x.shape, generator=random) < MASKED
+        return x.masked_fill(hidden, MASK), x.masked_fill(~hidden, IGNORED)
+
+    held_out = masked(plain.held_out[0], generator(0, 0))
+    return Data(lambda step: masked(plain.train(step)[0], generator(seed, step)), held_out)
+
+
+def packages(batch: int, length: int, seed: int) -> Data:
+    """Windows of source, int64 [batch, length], and which of PACKAGES they are from, int64 [batch]."""
+    texts = [_package(name) for name in PACKAGES]
+
+    def cut(text: Tensor, starts: Tensor) -> Tensor:
+        return text[starts[:, None] + torch.arange(length)].long()
+
+    def at(step: int) -> Batch:
+        random = generator(seed, step)
+        labels = torch.randint(len(PACKAGES), (batch,), generator=random)
+        places = torch.rand(batch, generator=random)
+        rows = [
+            cut(texts[label][0], (place * (len(texts[label][0]) - length)).long()[None])
+            for label, place in zip(labels, places)
+        ]
+        return torch.cat(rows), labels
+
+    held_out = [cut(text, torch.linspace(0, len(text) - length, 64).long()) for _, text in texts]
+    return Data(at, (torch.cat(held_out), torch.arange(len(PACKAGES)).repeat_interleave(64)))
+
+
+def digits(batch: int, length: int, seed: int) -> Data:
+    """Handwritten digits, float32 [batch, 1, 8, 8], and their labels; `length` has no say, patches are the tokens."""
+    return data.digits(batch, seed)
+
+
+def mirrored_digits(batch: int, length: int, seed: int) -> Data:
+    """The same images with rows and columns exchanged, which hardly any digit survives."""
+    plain = data.digits(batch, seed)
+
+    def mirrored(batch: Batch) -> Batch:
+        return batch[0].mT.contiguous(), batch[1]
+
+    return Data(lambda step: mirrored(plain.train(step)), mirrored(plain.held_out))
+
+
+@cache
+def _package(name: str) -> tuple[Tensor, Tensor]:
+    """The source of one package, and that of every fifth of its files, which are held out; uint8 [bytes]."""
+    files = sorted((_library() / name).rglob("*.py"))
+    if len(files) < 5:
+        raise FileNotFoundError(f"no source of package {name} in {_library()}")
+    train = as_bytes(file.read_bytes() for i, file in enumerate(files) if i % 5 != 4)
+    return train, as_bytes(file.read_bytes() for file in files[4::5])
+
+
+@cache
+def _docstrings() -> tuple[Tensor, Tensor]:
+    files = sorted(_library().glob("*.py"))
+    texts = ["\n\n".join((*_docstrings_of(file), "")).encode() for file in files]
+    return as_bytes(text for i, text in enumerate(texts) if i % 10 != 9), as_bytes(texts[9::10])
+
+
+def _docstrings_of(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from filter(None, [ast.get_docstring(node)])
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
