@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help demo test check notebooks bench pareto traffic cubins kernels readme
+.PHONY: help demo test check notebooks bench pareto train fidelity traffic cubins kernels report
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,12 +16,12 @@ demo: .venv/.installed-demo ## train a small model under stock Inductor and unde
 test: .venv/.installed-dev ## run the tests
 	$(PY) -m pytest $(ARGS)
 
-check: .venv/.installed-dev ## lint, format, types, sizes of files, figures of the README
+check: .venv/.installed-dev ## lint, format, types, sizes of files, figures and plots of the documents
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(PY) scripts/check_sizes.py
-	$(PY) benchmarks/table.py --check
+	$(PY) benchmarks/report.py --check
 
 notebooks: .venv/.installed-dev ## execute every notebook; the results go to build/notebooks
 	$(PY) scripts/run_notebooks.py $(ARGS)
@@ -29,8 +29,14 @@ notebooks: .venv/.installed-dev ## execute every notebook; the results go to bui
 bench: .venv/.installed-dev ## measure six transformer blocks into benchmarks/results
 	$(PY) benchmarks/blocks.py $(ARGS)
 
-pareto: .venv/.installed-dev ## measure bytes against time and error, draw docs/pareto.svg
+pareto: .venv/.installed-dev ## measure bytes against time and error
 	$(PY) benchmarks/pareto.py $(ARGS)
+
+train: .venv/.installed-dev ## measure steps of whole models: bytes, peak memory, time, gradients
+	$(PY) benchmarks/train.py $(ARGS)
+
+fidelity: .venv/.installed-dev ## fine-tune on real data under each method, five seeds: held-out losses
+	$(PY) benchmarks/fidelity.py $(ARGS)
 
 traffic: .venv/.installed-dev ## count kernels and bytes of the CUDA code of whole blocks, without a GPU
 	$(PY) benchmarks/block_traffic.py $(ARGS)
@@ -41,8 +47,8 @@ cubins: .venv/.installed-dev ## build every Triton kernel without a GPU: registe
 kernels: .venv/.installed-dev ## on a GPU: errors and GB/s of every Triton kernel
 	$(PY) benchmarks/kernels.py $(ARGS)
 
-readme: .venv/.installed-dev ## write the figures of benchmarks/results into the README and docs
-	$(PY) benchmarks/table.py
+report: .venv/.installed-dev ## write the figures of benchmarks/results into the README and docs, draw the plots
+	$(PY) benchmarks/report.py
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

@@ -22,6 +22,7 @@ import torch
 import triton
 from networks import WIDTH, build
 from offline_cuda import PROPERTIES, Generated, generate
+from provenance import machine, origin
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,8 +54,9 @@ def main() -> None:
             rows.append(traffic(name, method))
             print(rows[-1], flush=True)
     setting = {
-        "torch": torch.__version__, "triton": triton.__version__, "device": PROPERTIES.name,
-        "dtype": str(DTYPE).removeprefix("torch."), "tokens": BATCH * TOKENS, "width": WIDTH, "unit_bytes": UNIT,
+        **machine(), **origin(), "torch": torch.__version__, "triton": triton.__version__,
+        "device": PROPERTIES.name, "dtype": str(DTYPE).removeprefix("torch."), "tokens": BATCH * TOKENS, "width": WIDTH,
+        "unit_bytes": UNIT,
     }  # fmt: skip
     # one row to a line
     lines = ",\n  ".join(map(json.dumps, rows))

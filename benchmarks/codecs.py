@@ -24,6 +24,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import torch
 from offline_cuda import Generated, generate
+from provenance import machine, origin
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,7 +60,7 @@ def main() -> None:
         }  # fmt: skip
         rows.append(row)
         print(row, flush=True)
-    setting = {"torch": torch.__version__, "shape": SHAPE, "cpu_copy": times["copy"]}
+    setting = {**machine(), **origin(), "torch": torch.__version__, "shape": SHAPE, "cpu_copy": times["copy"]}
     arguments.out.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
     print(f"wrote {arguments.out}")
 

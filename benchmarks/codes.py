@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from networks import WIDTH, ViTBlock, with_lora
+from provenance import machine, origin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,8 +48,10 @@ def main() -> None:
                     f"mean of {arguments.draws} {row['error_of_mean']:.3f}",
                     flush=True,
                 )
-    setting = {"torch": torch.__version__, "device": "cpu", "dtype": "float32", "tokens": BATCH * TOKENS,
-               "width": WIDTH, "draws": arguments.draws}  # fmt: skip
+    setting = {
+        **machine(), **origin(), "torch": torch.__version__, "device": "cpu", "dtype": "float32",
+        "tokens": BATCH * TOKENS, "width": WIDTH, "draws": arguments.draws,
+    }  # fmt: skip
     arguments.out.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
     print(f"wrote {arguments.out}")
 

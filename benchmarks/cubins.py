@@ -28,6 +28,7 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
 
 import torch  # before triton
 import triton
+from provenance import machine, origin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
@@ -83,7 +84,7 @@ def main() -> None:
     if arguments.quick:
         wrong += out_of_date(every)
     else:
-        result = {"triton": triton.__version__, "kernels": sources(), "rows": rows}
+        result = {**machine(), **origin(), "triton": triton.__version__, "kernels": sources(), "rows": rows}
         arguments.out.write_text(_json(result))
         print(f"wrote {len(rows)} builds into {arguments.out}")
     if wrong:

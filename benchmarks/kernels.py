@@ -27,6 +27,7 @@ if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are decorated
 
 import torch
+from provenance import machine, origin
 from torch import Tensor
 
 from graphopt.kernels import activation, group_quant, norm
@@ -93,7 +94,7 @@ def main() -> None:
         sys.exit("\n".join(["wrong results, no speed:", *failed]))
     if cuda:
         name = torch.cuda.get_device_name(device)
-        setting = {"device": name, "torch": torch.__version__, "triton": _triton_version(), "copy_gb_s": round(copy)}
+        setting = {**machine(), **origin(), "device": name, "torch": torch.__version__, "copy_gb_s": round(copy)}
         out = arguments.out or RESULTS / f"kernels-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
         out.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
         print(f"wrote {out}")
@@ -288,12 +289,6 @@ def _milliseconds(run: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float
 
     turns = itertools.cycle(sets)
     return float(do_bench(lambda: run(*next(turns)), warmup=50, rep=200, return_mode="median"))
-
-
-def _triton_version() -> str:
-    import triton
-
-    return str(triton.__version__)
 
 
 if __name__ == "__main__":

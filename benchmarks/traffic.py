@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 import triton
 from offline_cuda import PROPERTIES, Generated, generate
+from provenance import machine, origin
 from torch import Tensor, fx, nn
 from torch._inductor.fx_passes.replace_random import fuse_seed_creation_pass
 from torch._inductor.virtualized import V
@@ -166,6 +167,8 @@ def main() -> None:
         print(_line(row), flush=True)
     if not arguments.quick:
         setting = {
+            **machine(),
+            **origin(),
             "torch": torch.__version__,
             "triton": triton.__version__,
             "device": PROPERTIES.name,

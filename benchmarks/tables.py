@@ -1,0 +1,131 @@
+"""Markdown of results of whole blocks: blocks.json and pareto.json. What every table needs is here too."""
+
+from collections.abc import Callable, Iterable
+
+from claims import LOWMEM_BUDGET, NOISE, Answer, Row, against_budgets, against_fp8, broken_promises, budget
+
+NAMES = {
+    "vit-full": "ViT, full",
+    "vit-dropout": "ViT, dropout 0.1",
+    "vit-lora": "ViT, LoRA on all linears",
+    "vit-lora-qkv": "ViT, LoRA on qkv only",
+    "llama-full": "Llama, full",
+    "llama-lora": "Llama, LoRA on all linears",
+}
+SHOWN = (
+    "inductor",
+    "budget-0.5",
+    "fp8",
+    "checkpoint",
+    *(f"lowmem:{each}" for each in ("exact", "compressed", "smallest", "paper")),
+)
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def measured_on(results: Row, packages: Iterable[str]) -> str:
+    """Where figures come from, in a small line: hardware, versions, commits, command; "" where it is not known."""
+    if "hardware" not in results:
+        return ""
+    versions = (f"{name} {results['versions'][name]}" for name in packages if name in results["versions"])
+    where = [results, *results["rows"]]
+    commits = dict.fromkeys(each["commit"] for each in where if each.get("commit"))
+    commands = dict.fromkeys(each["command"] for each in where if each.get("command"))
+    if len(commands) > 1:  # without their arguments
+        commands = dict.fromkeys(" ".join(command.split()[:2]) for command in commands)
+    by = ", ".join(f"`{command}`" for command in commands)
+    if commits:
+        by = f"{'commit' if len(commits) == 1 else 'commits'} {', '.join(commits)}{by and f': {by}'}"
+    parts = (results["hardware"], ", ".join(versions), by)
+    return f"<sub>Measured on {'; '.join(part for part in parts if part)}</sub>"
+
+
+def render_blocks(results: Row) -> str:
+    """Three Markdown tables of one results file, of the methods SHOWN: memory; peak memory; time and gradient error."""
+    found = {(row["block"], row["method"]): row for row in results["rows"] if row["method"] in SHOWN}
+    rows = dict(sorted(found.items(), key=lambda item: SHOWN.index(item[0][1])))
+    return (
+        f"{_setting(results)} Saved bytes in units of one hidden state "
+        f"({results['unit_bytes'] / 2**20:g} MiB in bfloat16) and as a share of stock Inductor's:\n\n"
+        f"{_table(rows, _memory)}\n\n"
+        f"Peak memory of a step above what is held before it, in the same units:\n\n{_table(rows, _peak)}\n\n"
+        f"Step time as a multiple of stock Inductor's (median of {results['timed_steps']} pairs) / gradient error "
+        f"against float32:\n\n{_table(rows, _cost)}"
+    )
+
+
+def _setting(results: Row) -> str:
+    device = results["device"].upper() if results["device"] == "cpu" else results["device"]
+    dtype = "float32 under autocast to bfloat16" if results["dtype"] == "autocast" else results["dtype"]
+    return (
+        f"One block, {dtype}, {results['tokens']} tokens, width {results['width']}, torch {results['torch']}, {device}."
+    )
+
+
+def render_budgets(results: Row) -> str:
+    """One table of pareto.json: a row for each memory budget, a column for each block."""
+    rows = [row for row in results["rows"] if row["method"].startswith(LOWMEM_BUDGET)]
+    found = {(row["block"], budget(row)): row for row in rows}
+    blocks = dict.fromkeys(row["block"] for row in rows)
+    lines = []
+    for fraction in sorted({budget(row) for row in rows}, reverse=True):
+        cells = (found.get((block, fraction)) for block in blocks)
+        lines.append([f"{fraction:g}", *(f"{_memory(row)}<br>{_cost(row)}" if row else "–" for row in cells)])
+    return (
+        f"{_setting(results)} Saved bytes in units of one hidden state and as a share of stock Inductor's; below, step "
+        f"time as a multiple of stock Inductor's (median of {results['timed_steps']} pairs) / gradient error:\n\n"
+        + markdown(["`memory_budget`", *(NAMES[block] for block in blocks)], lines)
+    )
+
+
+def render_answers(results: Row) -> str:
+    """What pareto.json says of lowmem beside torch's own ways, claim by claim."""
+    rows = results["rows"]
+    broken = list(broken_promises(rows))
+    kept = (
+        "Every budget is kept; none is faster, or has less error, than a larger one."
+        if not broken
+        else "What does not hold of budgets:\n\n" + "\n".join(f"- {text}" for text in broken)
+    )
+    return (
+        f"{_setting(results)} To each `activation_memory_budget` the fastest plan with no more bytes, which holds "
+        f"if it is slower by at most {NOISE:.0%}. Units / step time / gradient error:\n\n"
+        f"{_answers(list(against_budgets(rows)))}\n\n"
+        "To the fp8 pass the fastest plan with fewer bytes and less error:\n\n"
+        f"{_answers(list(against_fp8(rows)))}\n\n{kept}"
+    )
+
+
+def _answers(answers: list[Answer]) -> str:
+    def figures(row: Row) -> str:
+        return f"{row['saved_units']:.1f} / {_cost(row)}"
+
+    lines = []
+    for theirs, ours, holds in answers:
+        own = [f"`{ours['method']}`", figures(ours)] if ours else ["–", "–"]
+        lines.append([NAMES[theirs["block"]], f"`{theirs['method']}`", figures(theirs), *own, "yes" if holds else "no"])
+    return markdown(["block", "torch", "", "`lowmem`", "", "holds"], lines)
+
+
+def _table(rows: dict[tuple[str, str], Row], cell: Callable[[Row], str]) -> str:
+    blocks, methods = dict.fromkeys(block for block, _ in rows), dict.fromkeys(method for _, method in rows)
+    lines = []
+    for block in blocks:
+        found = (rows.get((block, method)) for method in methods)
+        lines.append([NAMES[block], *(cell(row) if row else "–" for row in found)])
+    return markdown(["block", *(f"`{method}`" for method in methods)], lines)
+
+
+def _memory(row: Row) -> str:
+    return f"{row['saved_units']:.1f} ({row['saved_of_stock']:.0%})"
+
+
+def _peak(row: Row) -> str:
+    return f"{row['peak_units']:.1f}"
+
+
+def _cost(row: Row) -> str:
+    error = "–" if row["gradient_error"] is None else f"{row['gradient_error']:.4f}"
+    return f"{row['step_ratio']:.2f} / {error}"
