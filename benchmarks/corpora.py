@@ -1,11 +1,15 @@
 """The data of fine-tuning, all of it from installed packages: Python source, its docstrings, its packages, digits.
 
+Language models read bytes. The classifier of text reads words, the 2,046 most frequent of what is trained on.
+
 What a model is pre-trained on and what it is fine-tuned on never come from the same file. Each function gives the Data
 of one run: `train(step)` is a batch, the same for every method under one seed, and `held_out` comes from other files.
 """
 
 import ast
+import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,7 +23,9 @@ from graphopt.demo.data import Batch, Data, as_bytes, generator, windows
 # packages of the standard library that every installation has, and that differ enough to be told apart
 PACKAGES = ("asyncio", "email", "http", "importlib", "multiprocessing", "unittest", "urllib", "xml")
 IGNORED = -100  # a target that does not count, as of torch.nn.functional.cross_entropy
-MASK, MASKED = 0, 0.15  # source has no byte 0
+MASK, UNKNOWN, WORDS = 0, 1, 2048  # of the words, with the two before them
+MASKED = 0.15
+WORD = re.compile(rb"[A-Za-z_]\w+")
 
 
 def source(batch: int, length: int, seed: int) -> Data:
@@ -34,35 +40,34 @@ def docstrings(batch: int, length: int, seed: int) -> Data:
 
 
 def masked_source(batch: int, length: int, seed: int) -> Data:
-    """Source of single modules, 15 % of its bytes masked: targets are the bytes that were, int64 [batch, length]."""
-    plain = data.text(batch, length, seed)
+    """Words of single modules, 15 % of them masked: targets are the words that were, int64 [batch, length]."""
+    files = [file.read_bytes() for file in _modules()]
+    train, held_out = (
+        _words(b"\n".join(part)) for part in ([x for i, x in enumerate(files) if i % 10 != 9], files[9::10])
+    )
 
     def masked(x: Tensor, random: torch.Generator) -> Batch:
         hidden = torch.rand(x.shape, generator=random) < MASKED
         return x.masked_fill(hidden, MASK), x.masked_fill(~hidden, IGNORED)
 
-    held_out = masked(plain.held_out[0], generator(0, 0))
-    return Data(lambda step: masked(plain.train(step)[0], generator(seed, step)), held_out)
+    def at(step: int) -> Batch:
+        random = generator(seed, step)
+        return masked(_spans(train, torch.rand(batch, generator=random), length), random)
+
+    return Data(at, masked(_spans(held_out, torch.linspace(0, 1, 64), length), generator(0, 0)))
 
 
 def packages(batch: int, length: int, seed: int) -> Data:
-    """Windows of source, int64 [batch, length], and which of PACKAGES they are from, int64 [batch]."""
-    texts = [_package(name) for name in PACKAGES]
-
-    def cut(text: Tensor, starts: Tensor) -> Tensor:
-        return text[starts[:, None] + torch.arange(length)].long()
+    """Windows of words of source, int64 [batch, length], and which of PACKAGES they are from, int64 [batch]."""
+    texts = [tuple(_words(text.numpy().tobytes()) for text in _package(name)) for name in PACKAGES]
 
     def at(step: int) -> Batch:
         random = generator(seed, step)
         labels = torch.randint(len(PACKAGES), (batch,), generator=random)
         places = torch.rand(batch, generator=random)
-        rows = [
-            cut(texts[label][0], (place * (len(texts[label][0]) - length)).long()[None])
-            for label, place in zip(labels, places)
-        ]
-        return torch.cat(rows), labels
+        return torch.cat([_spans(texts[k][0], place[None], length) for k, place in zip(labels, places)]), labels
 
-    held_out = [cut(text, torch.linspace(0, len(text) - length, 64).long()) for _, text in texts]
+    held_out = [_spans(text, torch.linspace(0, 1, 64), length) for _, text in texts]
     return Data(at, (torch.cat(held_out), torch.arange(len(PACKAGES)).repeat_interleave(64)))
 
 
@@ -93,8 +98,7 @@ def _package(name: str) -> tuple[Tensor, Tensor]:
 
 @cache
 def _docstrings() -> tuple[Tensor, Tensor]:
-    files = sorted(_library().glob("*.py"))
-    texts = ["\n\n".join((*_docstrings_of(file), "")).encode() for file in files]
+    texts = ["\n\n".join((*_docstrings_of(file), "")).encode() for file in _modules()]
     return as_bytes(text for i, text in enumerate(texts) if i % 10 != 9), as_bytes(texts[9::10])
 
 
@@ -102,6 +106,31 @@ def _docstrings_of(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from filter(None, [ast.get_docstring(node)])
+
+
+def _words(text: bytes) -> Tensor:
+    """The words of a text by their place in the vocabulary, int64 [words]."""
+    known = _vocabulary()
+    return torch.tensor([known.get(word, UNKNOWN) for word in WORD.findall(text)])
+
+
+@cache
+def _vocabulary() -> dict[bytes, int]:
+    texts = [*(file.read_bytes() for file in _modules()), *(_package(name)[0].numpy().tobytes() for name in PACKAGES)]
+    count = Counter(WORD.findall(b"\n".join(texts)))
+    # words that are equally frequent in the order of the alphabet: the same numbers everywhere
+    frequent = sorted(count, key=lambda word: (-count[word], word))[: WORDS - 2]
+    return {word: i + 2 for i, word in enumerate(frequent)}
+
+
+def _spans(words: Tensor, places: Tensor, length: int) -> Tensor:
+    """Windows that begin at these fractions of a text."""
+    starts = (places * (len(words) - length)).long()
+    return words[starts[:, None] + torch.arange(length)]
+
+
+def _modules() -> list[Path]:
+    return sorted(_library().glob("*.py"))
 
 
 def _library() -> Path:

@@ -62,11 +62,11 @@ CLASSES: dict[str, tuple[type[PreTrainedModel], type[PretrainedConfig]]] = {
     "vit": (ViTForImageClassification, ViTConfig),
 }
 GENERATES = ("gpt2", "llama")
-# which linears get an adapter: all of them, or attention's alone, as the methods' papers have it for ViT and BERT
+# which linears get an adapter: all of them, or of a ViT attention's alone, as LowMemoryBP has it
 ADAPTED: dict[str, str | list[str]] = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": "all-linear",
-    "bert": ["query", "value"],
+    "bert": ["query", "key", "value", "dense"],
     "vit": ["q_proj", "v_proj"],
 }
 
