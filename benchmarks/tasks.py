@@ -66,8 +66,8 @@ def _tasks() -> Iterator[Task]:
         yield from _tuned(before, replace(before, corpus=corpora.docstrings, steps=200), full=5e-4, lora=4e-3)
 
     # of 0.02, which is made for a width of 768, so little is left at 128 that post-norm layers do not start to learn
-    range_ = ("initializer_range", 0.02 * (768 / 128) ** 0.5)
-    about = ("num_labels", len(PACKAGES)), ("vocab_size", WORDS), ("max_position_embeddings", 64), range_
+    spread = ("initializer_range", 0.02 * (768 / 128) ** 0.5)
+    about = ("num_labels", len(PACKAGES)), ("vocab_size", WORDS), ("max_position_embeddings", 64), spread
     masked = Spec("bert-masked", "tiny", changes=about)
     before = Training(masked, corpora.masked_source, batch=16, length=32, steps=800, learning_rate=5e-4)
     tuning = replace(before, spec=replace(masked, family="bert"), corpus=corpora.packages, steps=400)
