@@ -3,7 +3,8 @@
 A codec changes a value a little. So what is decoded may only be read where a small change stays small:
     ROUGH      comparisons, rounding, indices: what they answer is saved, never recomputed
     SINGULAR   a denominator, the argument of a logarithm: such a value is saved as it is
-Nor can one scale serve values that lie orders of magnitude apart: EXPONENTIAL and QUOTIENT are saved as they are.
+Nor can one scale serve values orders of magnitude apart: EXPONENTIAL, QUOTIENT and SPARSE are saved as they are.
+What a softmax is taken of crosses in 8 bits or more (plan/sharp.py).
 Views go with what they show. Random numbers, collectives and operators nobody knows are not recomputed; what a
 checkpointed region reads is not encoded.
 """
@@ -25,6 +26,7 @@ from graphopt.codecs import MASK, Codec
 from graphopt.graph import ORIGIN, after_tangents, hint, in_checkpoint, nbytes, owners, storage, storage_bytes, tensor
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.plan.estimate import ATTENTION, Rates, is_heavy, packet, seconds, written_out
+from graphopt.plan.sharp import FINE, is_softmax, sharpened
 
 aten, prims = torch.ops.aten, torch.ops.prims
 SMALLEST, SMALLEST_MASK = 4096, 128  # bytes; below it a codec is not worth its kernel
@@ -56,6 +58,7 @@ QUOTIENT = {
     aten.reciprocal: 0,
     aten.rsqrt: 0,
 }  # and what they divide by
+SPARSE = {aten.scatter, aten.index_put, aten.masked_scatter}  # mostly zeros, which one scale for a group would blur
 LINEAR = {aten.add, aten.sub, aten.mul, aten.neg, aten.where, aten.clone, prims.convert_element_type}
 # they read much and give little of it, but each value as it was
 INDEXING = {aten.embedding, aten.index, aten.gather, aten.slice, aten.select, aten.index_select}
@@ -67,7 +70,8 @@ class Value:
     """A forward value that owns its storage, with the views of it.
 
     `recompute` is the time of computing it from `inputs` in backward, infinite where that is not done; `codecs` are
-    those it may be encoded with, `raw` says why there is none. `free` is what lives on in any case.
+    those it may be encoded with, `raw` says why there is none. `free` is what lives on in any case. What is `sharp` may
+    be recomputed only where nothing is encoded in fewer than FINE bits.
     """
 
     node: fx.Node
@@ -80,6 +84,7 @@ class Value:
     raw: str = ""
     decoded_to_memory: bool = False
     required: bool = False
+    sharp: bool = False
 
     @property
     def numel(self) -> int:
@@ -115,12 +120,17 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
     exact |= region
     statistics = _statistics(forward)
     wide = _wide(forward, statistics)
+    fine, sharp = sharpened(graph.nodes, statistics)
+    fine, fine_codecs = {owner.get(node, node) for node in fine}, [codec for codec in codecs if codec.bits >= FINE]
     found = Graph()
     for node in _ancestors(required, owner):
         value = tensor(node)
         given = node.op != "call_function"
         lives_on = value is not None and storage(value) in users
+        allowed = fine_codecs if node in fine else codecs
         why = _why_raw(node, value, node in exact, node in statistics, node in wide)
+        if not why and codecs and not allowed:
+            why = f"a softmax is taken of it: it needs {FINE} bits or more"
         found.values[node] = Value(
             node,
             0 if value is None else storage_bytes([value]),
@@ -128,10 +138,11 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
             savable=given or (value is not None and not in_checkpoint(node)),
             free=given or lives_on or _is_size(node),
             recompute=_recompute(node, op_types, rate, kernels, exact=node in (exact if codecs else region)),
-            codecs=() if given or lives_on else _codecs(value, why, codecs),
+            codecs=() if given or lives_on else _codecs(value, why, allowed),
             raw=why,
             decoded_to_memory=written_out(node),
             required=node in required,
+            sharp=node in sharp,
         )
     return found
 
@@ -239,19 +250,13 @@ def _wide(forward: Sequence[fx.Node], statistics: set[fx.Node]) -> set[fx.Node]:
         read = [each for each in node.all_input_nodes if each not in statistics]
         if node in statistics or not read:
             continue
-        if packet(node) in EXPONENTIAL and not _bounded(node, statistics):
+        if packet(node) in SPARSE or (packet(node) in EXPONENTIAL and not is_softmax(node, statistics)):
             found.add(node)
         elif packet(node) in QUOTIENT and ORIGIN not in node.meta and node.args[QUOTIENT[packet(node)]] in read:
             found.add(node)
         elif packet(node) in LINEAR and any(each in found for each in read):
             found.add(node)
     return found
-
-
-def _bounded(node: fx.Node, statistics: set[fx.Node]) -> bool:
-    """exp(x - max(x)), as in a softmax written out."""
-    given = node.args[0]
-    return isinstance(given, fx.Node) and packet(given) is aten.sub and given.args[1] in statistics
 
 
 def _reads(node: fx.Node) -> int:

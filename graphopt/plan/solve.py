@@ -23,6 +23,7 @@ from torch import fx
 from graphopt.codecs import Codec
 from graphopt.plan.candidates import Graph, Value
 from graphopt.plan.estimate import Rates
+from graphopt.plan.sharp import FINE
 
 SOURCE, SINK = "source", "sink"
 PRECISION = 1e15  # whole numbers, in units of a femtosecond: flows of floats never quite fill an edge
@@ -60,6 +61,10 @@ class Problem:
             if codec.error <= self.tolerance and codec.bytes(value.numel) < value.bytes:
                 yield codec
 
+    def recompute(self, value: Value, coarse: bool) -> float:
+        """The time of computing a value anew, infinite where it might be from what a `coarse` codec left."""
+        return math.inf if coarse and value.sharp else value.recompute
+
     def solve(self, price: float, tilt: float = 0.0) -> Solution:
         """The best plan where a byte costs `price` seconds.
 
@@ -69,13 +74,15 @@ class Problem:
         network.add_nodes_from((SOURCE, SINK))
         places = range(len(self.graph.values))
         prices = [price * math.exp(tilt * (place / len(places) - 0.5)) for place in places]
+        allowed = {codec for value in self.graph.values.values() for codec in self.codecs(value)}
+        coarse = any(codec.bits < FINE and codec.error for codec in allowed)
         ways = {node: self._way(value, each) for (node, value), each in zip(self.graph.values.items(), prices)}
         for node, value in self.graph.values.items():
             before, behind = (node.name, "in"), (node.name, "out")
             cost, _ = ways[node]
             _edge(network, before, behind, cost)
             if value.inputs or not value.free:
-                _edge(network, SOURCE, before, value.recompute)
+                _edge(network, SOURCE, before, self.recompute(value, coarse))
             else:
                 _edge(network, SOURCE, before, math.inf)
             for each in value.inputs:
