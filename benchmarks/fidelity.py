@@ -5,9 +5,10 @@
     python benchmarks/fidelity.py --tasks vit-lora --methods inductor lowmem:exact --seeds 0 1
     python benchmarks/fidelity.py --quick --out /tmp/fidelity.json    # a few steps: does it run?
 
-Tasks are those of tasks.py, methods those of methods.py. All runs of one seed start from the same weights and see the
-same batches in the same order, in float32 unless --autocast is given: there exact has to equal stock, and the error of
-a codec does not hide behind bf16's. What is compared at the end is the loss, and the accuracy, on held-out data.
+Tasks are those of tuning/tasks.py, methods those of methods.py. All runs of one seed start from the same weights and
+see the same batches in the same order, in float32 unless --autocast is given: there exact has to equal stock, and the
+error of a codec does not hide behind bf16's. What is compared at the end is the loss, and the accuracy, on held-out
+data.
 
 Runs that the file of results has, measured on such a machine with such versions, are not run again. Pre-trained weights
 are kept in build/fidelity.
@@ -25,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import WithLoss, build
 from methods import STOCK, compiled
-from models import WithLoss, build
 from provenance import machine, origin
 from rich.console import Console
 from rich.progress import Progress
-from tasks import TASKS, Task, Training, Weights
 from torch import Tensor
+from tuning.tasks import TASKS, Task, Training, Weights
 
 from graphopt.demo import quieten
 from graphopt.demo.data import Batch, Data

@@ -42,8 +42,13 @@ def compiled(method: str, function: Callable[..., Any]) -> Callable[..., Any]:
             functorch_config.patch, activation_memory_budget=float(method.removeprefix(BUDGET))
         )
         return torch.compile(function, backend=_patched(knob), fullgraph=True)
-    backend, *settings = (STOCK if method == CHECKPOINT else method).split(":")
-    return torch.compile(function, backend=backend, options=dict(_options(settings)) or None, fullgraph=True)
+    backend = STOCK if method == CHECKPOINT else method.partition(":")[0]
+    return torch.compile(function, backend=backend, options=options(method) or None, fullgraph=True)
+
+
+def options(method: str) -> dict[str, Any]:
+    """What a method sets of torch.compile's options: that of its name behind the colon."""
+    return dict(_options(method.split(":")[1:]))
 
 
 def warm_up(method: str, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from blocks import parser, record
-from claims import BUDGET, LOWMEM_BUDGET, Answer, against_budgets, against_fp8, broken_promises
+from figures.claims import BUDGET, LOWMEM_BUDGET, Answer, against_budgets, against_fp8, broken_promises
 from methods import CHECKPOINT, STOCK
 from torch._inductor.utils import fresh_cache
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kernel_tables import render_block_traffic, render_codecs, render_codes, render_cubins, render_traffic
-from plots import THEMES, Draw, draw_fidelity, draw_pareto, is_of, write
-from tables import Row, measured_on, render_answers, render_blocks, render_budgets
-from training_tables import render_fidelity, render_fidelity_details, render_train, render_train_details
+from figures.kernel_tables import render_block_traffic, render_codecs, render_codes, render_cubins, render_traffic
+from figures.plots import THEMES, Draw, draw_fidelity, draw_pareto, is_of, write
+from figures.tables import Row, measured_on, render_answers, render_blocks, render_budgets
+from figures.training_tables import render_fidelity, render_fidelity_details, render_train, render_train_details
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

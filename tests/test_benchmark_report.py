@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from fidelity_claims import Estimate, broken_promises, changes, estimate, saved_of_stock, within_two_errors
-from plots import THEMES, draw_fidelity, draw_pareto, is_of, write
+from figures.fidelity_claims import Estimate, broken_promises, changes, estimate, saved_of_stock, within_two_errors
+from figures.plots import THEMES, draw_fidelity, draw_pareto, is_of, write
+from figures.tables import measured_on
+from figures.training_tables import render_fidelity, render_fidelity_details, render_train, render_train_details
 from report import PLACES, RESULTS, Place
-from tables import measured_on
-from training_tables import render_fidelity, render_fidelity_details, render_train, render_train_details
 
 STOCK = (1.0, 1.1, 1.2, 1.3, 1.4)  # a standard error of sqrt(0.025 / 5) = 0.0707
 

@@ -1,10 +1,10 @@
-"""What is concluded from measured rows: benchmarks/claims.py."""
+"""What is concluded from measured rows: benchmarks/figures/claims.py."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from claims import against_budgets, against_fp8, broken_promises
+from figures.claims import against_budgets, against_fp8, broken_promises
 
 
 def row(method, units, ratio, error=0.004):

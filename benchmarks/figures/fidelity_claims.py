@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from claims import Row
+from figures.claims import Row
 
 STOCK, EXACT, COMPRESSED = "inductor", "lowmem:exact", "lowmem:compressed"
 # of a loss of order 1 in float32: roundings of order 1e-7, which a few hundred steps make larger

@@ -13,13 +13,13 @@ whose head is trained too.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import corpora
 import torch
-from corpora import PACKAGES, WORDS
-from models import GENERATES, Spec, WithLoss, adapted, build
+from architectures import GENERATES, Spec, WithLoss, adapted, build
 from torch import Tensor
 
 from graphopt.demo.data import Data
+from tuning import corpora
+from tuning.corpora import PACKAGES, WORDS
 
 Weights = dict[str, Tensor]
 

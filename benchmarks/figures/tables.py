@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from claims import LOWMEM_BUDGET, NOISE, Answer, Row, against_budgets, against_fp8, broken_promises, budget
+from figures.claims import LOWMEM_BUDGET, NOISE, Answer, Row, against_budgets, against_fp8, broken_promises, budget
 
 NAMES = {
     "vit-full": "ViT, full",

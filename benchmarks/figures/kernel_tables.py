@@ -1,6 +1,6 @@
 """Markdown of results about kernels, codecs and codes: bytes that move, registers, errors."""
 
-from tables import NAMES, Row, markdown
+from figures.tables import NAMES, Row, markdown
 
 
 def render_traffic(results: Row) -> str:

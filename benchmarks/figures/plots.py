@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-from claims import BUDGET, LOWMEM_BUDGET, Row
-from fidelity_claims import STOCK
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import NAMES
-from training_tables import task_name
+
+from figures.claims import BUDGET, LOWMEM_BUDGET, Row
+from figures.fidelity_claims import STOCK
+from figures.tables import NAMES
+from figures.training_tables import task_name
 
 
 class Theme(NamedTuple):

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fidelity_claims import STOCK, Change, Estimate, broken_promises, changes, saved_of_stock
-from tables import SHOWN, Row, markdown
+from figures.fidelity_claims import STOCK, Change, Estimate, broken_promises, changes, saved_of_stock
+from figures.tables import SHOWN, Row, markdown
 
 FAMILIES = {"gpt2": "GPT-2", "llama": "Llama", "bert": "BERT", "vit": "ViT"}
 

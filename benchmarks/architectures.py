@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "image_size": 8, "patch_size": 2, "num_channels": 1},
         "mini": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8,
-                 "image_size": 128, "patch_size": 16},
+                 "image_size": 256, "patch_size": 16},
         "base": {},
         "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
     },

@@ -1,0 +1,1 @@
+"""What fidelity.py fine-tunes, on what: the tasks and their corpora."""
