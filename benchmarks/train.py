@@ -34,7 +34,7 @@ from architectures import FAMILIES, SIZES
 from measuring.baselines import LIGER, OFFLOAD, missing
 from measuring.comparison import compared
 from measuring.fit import OPTIMIZERS, VARIED, Fit, fitted
-from measuring.steps import PRECISIONS, Setting, length_of
+from measuring.steps import PRECISIONS, Job, Run, Setting, length_of
 from methods import BUDGET, CHECKPOINT, KNOBS, STOCK, options, warm_up
 from provenance import machine, origin
 from rich.console import Console
@@ -51,6 +51,8 @@ METHODS = (
 )  # fmt: skip
 TUNINGS = ("full", "lora")
 QUICK = {"families": ["vit"], "size": "tiny", "tuning": ["full"], "precision": ["bf16"], "batch": [2], "steps": 2}
+# what is done once for the first model of a process is no method's first call: a model that is not measured
+FIRST = Setting("vit", "tiny", "full", "bf16", batch=2, length=length_of("vit", "tiny", 0), layers=1)
 # what makes two rows measure the same; the last three are those of --fit
 AXES = ("family", "size", "tuning", "precision", "batch", "length", "fit_gib", "vary", "optimizer")
 MIB = 2**20
@@ -80,9 +82,11 @@ def main() -> None:
         fail_on_recompile_limit_hit=True, recompile_limit=4 * len(methods), automatic_dynamic_shapes=False
     )
     with limits, Progress(console=console, disable=not console.is_terminal) as progress:
-        for method in methods if any(todo.values()) and not arguments.quick else ():
-            if method not in (OFFLOAD, LIGER):  # the first is stock Inductor's, the second compiles nothing
-                warm_up(method, device)
+        if any(todo.values()) and not arguments.quick:
+            for method in methods:
+                if method not in (OFFLOAD, LIGER):  # the first is stock Inductor's, the second compiles nothing
+                    warm_up(method, device)
+            Run.started(Job.of(FIRST, device), STOCK)
         bar = progress.add_task("", total=sum(map(len, todo.values())))
         for setting, wanted in todo.items():
             title = f"{setting.family}, {setting.tuning}"
