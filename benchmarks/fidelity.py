@@ -139,19 +139,19 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
         data = task.tuning.data(seed)
         torch.manual_seed(seed)
         losses = train(model, function, data, task.tuning, cell.device)
-        loss, accuracy = evaluate(model, data.held_out, cell.device)
         x, y = _to(data.train(0), cell.device)
         own = [x, y, *model.parameters(), *model.buffers()]
+        saved = saved_bytes(lambda x=x, y=y: function(x, y), own)  # of what is trained, with its dropout
+        loss, accuracy = evaluate(model, data.held_out, cell.device)
         bins = [losses[i : i + BIN] for i in range(0, len(losses), BIN)]
         rows.append(
             {
                 "task": task.name,
                 "method": cell.method,
                 "seed": seed,
-                "metric": "accuracy" if task.classifies else "loss",
                 "loss": round(loss, 6),
                 "accuracy": round(accuracy, 5) if task.classifies else None,
-                "saved_bytes": saved_bytes(lambda x=x, y=y: function(x, y), own),
+                "saved_bytes": saved,
                 "losses": [round(sum(each) / len(each), 4) for each in bins],
             }
         )
@@ -216,7 +216,7 @@ def _order(row: dict[str, Any]) -> tuple[int, str, int]:
 
 def _write(out: Path, results: dict[str, Any]) -> None:
     """A line for each run; in one go, so that an interrupted run leaves a whole file."""
-    rows = ",\n".join(json.dumps(row) for row in results["rows"])
+    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in results["rows"])
     head = json.dumps({**results, "rows": []}, indent=1).removesuffix("[]\n}")
     new = out.with_suffix(".new")
     new.write_text(f"{head}[\n{rows}\n]}}\n")

@@ -69,7 +69,7 @@ def changes(rows: Sequence[Row], figure: str = "loss") -> Iterator[Change]:
 
 def saved_of_stock(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     """Saved bytes as a share of stock's, by task and method."""
-    saved = {(row["task"], row["method"]): row["saved_bytes"] for row in rows}
+    saved = {(row["task"], row["method"]): row["saved_bytes"] for row in rows if row["saved_bytes"] is not None}
     return {(task, method): own / saved[task, STOCK] for (task, method), own in saved.items() if (task, STOCK) in saved}
 
 

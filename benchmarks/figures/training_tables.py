@@ -23,7 +23,7 @@ def render_fidelity(results: Row) -> str:
         if task in accuracy:
             stock += f"<br>{_percent(accuracy[task])}"
         found = (losses.get((task, method)) for method in methods)
-        cells = (f"{_difference(each)}<br>{saved[each.task, each.method]:.0%}" if each else "–" for each in found)
+        cells = ("<br>".join(filter(None, (_difference(each), _share(each, saved)))) if each else "–" for each in found)
         lines.append([task_name(task), stock, *cells])
     return (
         f"Held-out loss after fine-tuning in {_dtype(results)}: mean ± standard error over {_seeds(rows)} "
@@ -50,7 +50,7 @@ def render_fidelity_details(results: Row) -> str:
                 _loss(each.own),
                 *change,
                 _percent(right.own) if right else "",
-                f"{saved[each.task, each.method]:.0%}",
+                _share(each, saved),
             ]
         )
         last = each.task
@@ -174,6 +174,12 @@ def _percent(found: Estimate) -> str:
 
 def _error(found: Estimate, scale: int, digits: int) -> str:
     return "" if math.isnan(found.error) else f" ± {scale * found.error:.{digits}f}"
+
+
+def _share(change: Change, saved: dict[tuple[str, str], float]) -> str:
+    """Saved bytes as a share of stock's, where they were measured."""
+    found = saved.get((change.task, change.method))
+    return "" if found is None else f"{found:.0%}"
 
 
 def _difference(change: Change) -> str:

@@ -2,8 +2,9 @@
 
 Language models read bytes. The classifier of text reads words, the 2,046 most frequent of what is trained on.
 
-What a model is pre-trained on and what it is fine-tuned on never come from the same file. Each function gives the Data
-of one run: `train(step)` is a batch, the same for every method under one seed, and `held_out` comes from other files.
+What a model is pre-trained on and what it is fine-tuned on do not come from the same file, but for digits: those are the
+same images, transposed. Each function gives the Data of one run: `train(step)` is a batch, the same for every method
+under one seed, and `held_out` is never trained on.
 """
 
 import ast
@@ -77,7 +78,7 @@ def digits(batch: int, length: int, seed: int) -> Data:
 
 
 def mirrored_digits(batch: int, length: int, seed: int) -> Data:
-    """The same images with rows and columns exchanged, which hardly any digit survives."""
+    """The same images with rows and columns exchanged, as most digits are not written."""
     plain = data.digits(batch, seed)
 
     def mirrored(batch: Batch) -> Batch:
