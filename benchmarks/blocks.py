@@ -135,15 +135,18 @@ def record(arguments: argparse.Namespace, methods: Iterable[str], name: str, col
         "rows": [],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():  # other blocks, measured in the same setting, stay
+    if out.exists():  # other blocks and methods, measured in the same setting, stay
         before = json.loads(out.read_text())
-        if {**before, "rows": []} == results:
-            results["rows"] = [row for row in before["rows"] if row["block"] not in arguments.blocks]
+        if {**before, "rows": []} != results:
+            raise SystemExit(f"{out} was measured in another setting, or on another machine; --out takes another file")
+        measured = {(block, method) for block in arguments.blocks for method in methods}
+        results["rows"] = [row for row in before["rows"] if (row["block"], row["method"]) not in measured]
     where = origin()
     for block in arguments.blocks:
         for row in measure(block, methods, arguments.steps, setting):
             results["rows"].append({**row, **where})
             print(_line(row), flush=True)
+        results["rows"].sort(key=lambda row: list(BLOCKS).index(row["block"]))
         out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
     return results

@@ -25,7 +25,7 @@ GROUP_SIZE, GROUP_SIZES = 64, (16, 32, 64, 128, 256, 512, 1024)
 PRESETS: dict[str, dict[str, Any]] = {
     "compressed": {"tolerance": 0.01, "time_slack": 0.2, "rounding": "nearest", "recompute": "pointwise",
                    "approx_activation": "off"},
-    "smallest": {"tolerance": 0.15, "time_slack": 0.16, "rounding": "stochastic", "recompute": "any",
+    "smallest": {"tolerance": 0.15, "time_slack": 0.165, "rounding": "stochastic", "recompute": "any",
                  "approx_activation": "unbiased"},
     "exact": {"tolerance": 0.0, "time_slack": 0.0, "rounding": "nearest", "recompute": "pointwise",
               "approx_activation": "off"},

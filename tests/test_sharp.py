@@ -91,6 +91,15 @@ def test_queries_keys_and_probabilities_of_a_loss_cross_in_eight_bits():
     assert all(bits[choice.node] == 8 for choice in classes)
 
 
+def test_scores_that_are_scaled_or_masked_are_found_in_the_graph_that_inductor_has():
+    # Inductor scales after it has subtracted the largest score, and reads the probabilities in an operator of its own
+    plan = graphopt.explain(nn.Sequential(nn.Linear(WIDTH, WIDTH), Attention()), batch(), options=SMALLEST).plan
+    decisions = {choice.module: choice.decision for choice in plan.choices}
+    assert (decisions["1.q"], decisions["1.k"], decisions["1.v"]) == ("int8-unbiased", "int8-unbiased", "int4-unbiased")
+    scores = [choice for choice in plan.choices if choice.shape == (4, 32, 32)]
+    assert [choice.decision for choice in scores] == ["int8-unbiased"]
+
+
 def test_where_only_four_bits_are_allowed_they_stay_as_they_are():
     plan = graphopt.explain(build("llama"), batch(), options={"codecs": ["int4"], "time_slack": 10}).plan
     assert {choice.decision for choice in plan.choices} >= {"keep", "int4"}

@@ -2,9 +2,9 @@
 
 Language models read bytes. The classifier of text reads words, the 2,046 most frequent of what is trained on.
 
-What a model is pre-trained on and what it is fine-tuned on do not come from the same file, but for digits: those are the
-same images, transposed. Each function gives the Data of one run: `train(step)` is a batch, the same for every method
-under one seed, and `held_out` is never trained on.
+What a model is pre-trained on and what it is fine-tuned on do not come from the same file, but for digits: those are
+the same images, transposed. Each function gives the Data of one run: `train(step)` is a batch, the same for every
+method under one seed, and `held_out` is never trained on.
 """
 
 import ast

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._inductor.inductor_prims
 from torch import fx
 from torch._functorch.partitioners import get_default_op_list
 from torch.utils.checkpoint import CheckpointPolicy
@@ -42,7 +43,9 @@ SINGULAR = {
     aten.erfinv: 0, aten.logit: 0, aten.xlogy: 1, aten.lgamma: 0, aten.digamma: 0, aten.pow: 0,
 }  # fmt: skip
 # operators of backward that torch does not list as pointwise, and that are smooth in what they read
+FMA = {prims.fma} if hasattr(prims, "fma") else set()  # Inductor's own, in a softmax's backward
 SMOOTH = {
+    *FMA,
     aten._softmax_backward_data, aten._log_softmax_backward_data, aten.native_layer_norm_backward,
     aten.native_group_norm_backward, aten.native_batch_norm_backward, aten.cat, aten.index_put, aten.constant_pad_nd,
 }  # fmt: skip

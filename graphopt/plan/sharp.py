@@ -1,11 +1,12 @@
-"""What must be known well: the scores of an attention, the logits of a cross entropy, and what they are made of.
+"""What is encoded in 8 bits at least: what a softmax is taken of, and what its gradient is made of.
 
 An exponential turns an error of a score into a factor. In a trained model scores are large, so queries and keys in 4
-bits leave nothing of its gradient, though they do little harm in one with random weights. And the gradient of a cross
-entropy is a probability less one or zero: where a model is sure, little is left of it beside the probability's error.
+bits leave nothing of its gradient, though they do little harm in one with random weights. And a softmax's gradient is a
+difference: of a probability and one or zero in a cross entropy, of values and their mean in an attention. Where a model
+is sure, little is left of it beside the errors of the two.
 
-So these values are encoded in FINE bits at least: queries, keys, scores, logits, the probabilities of a cross entropy,
-and all that they are computed from by pointwise work, on both sides of the last matrix product before them. What lies
+So FINE bits are for queries, keys, values, scores and results of an attention, for logits, for probabilities; and for
+all that these are computed from by pointwise work, on both sides of the last matrix product before them. What lies
 before that, another product away, may be coarser; what is computed from it may then not be recomputed for them.
 """
 
@@ -20,8 +21,12 @@ from torch import fx
 from graphopt.graph import storage, tensor
 from graphopt.plan.estimate import ATTENTION, is_heavy, packet
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 FINE = 8  # bits
+FLEX_ATTENTION = "flex_attention"  # a higher-order operator
+BIAS = "attn_mask", "attn_bias"  # of an attention, if it is named and not the fourth argument
+# what a difference passes through before its exponential: Inductor scales after the largest has been subtracted
+THROUGH = {aten.mul, aten.div, aten.where, prims.convert_element_type}
 
 
 def sharpened(nodes: Iterable[fx.Node], statistics: Collection[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -47,15 +52,17 @@ def sharpened(nodes: Iterable[fx.Node], statistics: Collection[fx.Node]) -> tupl
 
 
 def is_softmax(node: fx.Node, statistics: Collection[fx.Node]) -> bool:
-    """exp(x - max(x)) or exp(x - logsumexp(x)), as in a softmax written out."""
-    return packet(node) is aten.exp and _subtracted(node) in statistics
+    """exp(x - max(x)) or exp(x - logsumexp(x)), as in a softmax written out, x perhaps scaled or masked after that."""
+    return packet(node) is aten.exp and any(each in statistics for each in _subtracted(node.all_input_nodes))
 
 
-def _subtracted(exponential: fx.Node) -> fx.Node | None:
-    """The s of exp(x - s)."""
-    given = _shown(exponential.all_input_nodes[0])
-    is_difference = packet(given) is aten.sub and isinstance(given.args[1], fx.Node)
-    return _shown(given.args[1]) if is_difference else None  # type: ignore[arg-type]
+def _subtracted(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """Each s of the differences x - s that nodes are, or scale, mask or show."""
+    for node in map(_shown, nodes):
+        if packet(node) is aten.sub and isinstance(node.args[1], fx.Node):
+            yield _shown(node.args[1])
+        elif packet(node) in THROUGH:
+            yield from _subtracted(node.all_input_nodes)
 
 
 def _shown(node: fx.Node) -> fx.Node:
@@ -70,18 +77,9 @@ def _shown(node: fx.Node) -> fx.Node:
 
 def _softmaxed(nodes: Iterable[fx.Node], statistics: Collection[fx.Node]) -> Iterator[fx.Node]:
     for node in nodes:
-        if packet(node) in ATTENTION:
-            yield from (each for each in node.args[:2] if isinstance(each, fx.Node))
+        if packet(node) in ATTENTION or str(node.target) == FLEX_ATTENTION:
+            given = [*node.args[:4], *(node.kwargs.get(name) for name in BIAS), node, *node.users]
+            yield from (each for each in given if isinstance(each, fx.Node))
         elif is_softmax(node, statistics):
-            yield from node.all_input_nodes
-            if _is_of_loss(node):
-                yield node
-
-
-def _is_of_loss(softmax: fx.Node) -> bool:
-    """Whether an exponential is that of a log-softmax: its sum's logarithm is taken, or has been."""
-    sums = [user for user in softmax.users if packet(user) is aten.sum]
-    subtracted = _subtracted(softmax)
-    return any(packet(user) is aten.log for each in sums for user in each.users) or (
-        subtracted is not None and packet(subtracted) is aten.log
-    )
+            yield from (*node.all_input_nodes, node)
+            yield from (user for user in node.users if packet(user) is aten.div)
