@@ -69,11 +69,15 @@ def main() -> None:
         if {**before, "rows": []} != results:
             raise SystemExit(f"{out} was measured on another machine or with other versions; --out takes another file")
         results["rows"] = before["rows"]
+    tasks = {name: quick(TASKS[name]) if arguments.quick else TASKS[name] for name in arguments.tasks}
+    # what was measured of a task that was another then is measured anew
+    results["rows"] = [
+        row for row in results["rows"] if row["task"] not in tasks or row["key"] == key(tasks[row["task"]])
+    ]
     done = {(row["task"], row["method"], row["seed"]) for row in results["rows"]}
     threads = max(1, torch.get_num_threads() // arguments.workers)
     cells = []
-    for name in arguments.tasks:
-        task = quick(TASKS[name]) if arguments.quick else TASKS[name]
+    for name, task in tasks.items():
         for method in arguments.methods or methods(task):
             seeds = tuple(seed for seed in arguments.seeds if (name, method, seed) not in done)
             if seeds:
@@ -116,16 +120,24 @@ def methods(task: Task) -> tuple[str, ...]:
 
 
 def every(cells: list[Cell], workers: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each cell, as soon as it is done."""
+    """Rows as soon as they are there: of each run, or with several workers of each cell."""
     if workers == 1:
-        yield from map(measure, cells)
+        for cell in cells:
+            yield from ([row] for row in measure(cell))
         return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(measure, cell) for cell in cells]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(measured, cell) for cell in cells]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def measure(cell: Cell) -> list[dict[str, Any]]:
+def measured(cell: Cell) -> list[dict[str, Any]]:
+    return list(measure(cell))
+
+
+def measure(cell: Cell) -> Iterator[dict[str, Any]]:
     """One row for each seed of a cell."""
     quieten()
     torch.set_num_threads(cell.threads)
@@ -133,7 +145,7 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
     task, weights = cell.task, pretrained(cell.task.before, cell.device)
     model = task.model(0, weights).to(cell.device)
     model.autocast = cell.autocast
-    function, rows = compiled(cell.method, model), []
+    function = compiled(cell.method, model)
     for seed in cell.seeds:
         model.load_state_dict(task.model(seed, weights).state_dict())
         data = task.tuning.data(seed)
@@ -144,25 +156,21 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
         saved = saved_bytes(lambda x=x, y=y: function(x, y), own)  # of what is trained, with its dropout
         loss, accuracy = evaluate(model, data.held_out, cell.device)
         bins = [losses[i : i + BIN] for i in range(0, len(losses), BIN)]
-        rows.append(
-            {
-                "task": task.name,
-                "method": cell.method,
-                "seed": seed,
-                "loss": round(loss, 6),
-                "accuracy": round(accuracy, 5) if task.classifies else None,
-                "saved_bytes": saved,
-                "losses": [round(sum(each) / len(each), 4) for each in bins],
-            }
-        )
-    return rows
+        yield {
+            "task": task.name,
+            "key": key(task),
+            "method": cell.method,
+            "seed": seed,
+            "loss": round(loss, 6),
+            "accuracy": round(accuracy, 5) if task.classifies else None,
+            "saved_bytes": saved,
+            "losses": [round(sum(each) / len(each), 4) for each in bins],
+        }
 
 
 def pretrained(training: Training, device: torch.device) -> Weights:
-    """The weights after a pre-training in eager mode; kept on disk, by all that decides them but the libraries."""
-    about = {**vars(training), "corpus": training.corpus.__name__, "torch": torch.__version__}
-    key = sha256(repr(about).encode()).hexdigest()[:12]
-    path = ROOT / "build" / "fidelity" / f"{training.spec.family}-{key}.pt"
+    """The weights after a pre-training in eager mode; kept on disk, by all that decides them."""
+    path = ROOT / "build" / "fidelity" / f"{training.spec.family}-{digest(about(training), machine())}.pt"
     if not path.exists():
         torch.manual_seed(0)
         model = WithLoss(build(training.spec)).to(device)
@@ -170,7 +178,9 @@ def pretrained(training: Training, device: torch.device) -> Weights:
         losses = train(model, model, data, training, device)
         print(f"pre-trained {training.spec.family}: loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.model.state_dict(), path)
+        part = path.with_suffix(f".{os.getpid()}")
+        torch.save(model.model.state_dict(), part)
+        os.replace(part, path)
     weights: Weights = torch.load(path, map_location="cpu")
     return weights
 
@@ -203,6 +213,20 @@ def evaluate(model: WithLoss, batch: Batch, device: torch.device) -> tuple[float
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten())
     right = (logits.argmax(-1) == y).double().mean()
     return loss.item(), right.item()
+
+
+def key(task: Task) -> str:
+    """What tells a task from one of the same name with other steps, rates, data or sizes."""
+    return digest(about(task.before), about(task.tuning))
+
+
+def about(training: Training) -> dict[str, Any]:
+    config = training.spec.config().to_diff_dict()
+    return {**vars(training), "corpus": training.corpus.__name__, "config": config}
+
+
+def digest(*facts: object) -> str:
+    return sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def quick(task: Task) -> Task:

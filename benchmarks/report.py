@@ -39,6 +39,8 @@ class Place(NamedTuple):
         begin, end = f"<!-- {self.marker}:begin -->", f"<!-- {self.marker}:end -->"
         if begin not in old:
             return None
+        if end not in old:
+            raise FileNotFoundError(f"{self.document} has {begin} without {end}")
         found = [json.loads(path.read_text()) for path in sorted(folder.glob(self.results))]
         if not found:
             raise FileNotFoundError(f"{self.document} has figures of {self.results}, which benchmarks/results lacks")

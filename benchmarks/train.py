@@ -17,7 +17,8 @@ of LoRA are random, so that all gradients are there and can be compared.
 The gradient error is |g - g0| / |g0|, g0 from float32 eager on the same weights and batch; of a model of more than a
 billion parameters from stock Inductor. measuring/gate.py says how large it may be; what is further off is not timed.
 
-Rows that the file of results has, measured on such a machine with such versions, are not measured again.
+Rows that the file of results has, measured on such a machine with such versions, are not measured again, but for those
+of methods that failed.
 """
 
 import argparse
@@ -72,8 +73,10 @@ def main() -> None:
     todo = {}
     for setting in dict.fromkeys(_settings(arguments)):
         place = _place({**setting.row, **(fit.row if fit else {})})
-        done = set() if arguments.again else {row["method"] for row in results["rows"] if _place(row) == place}
-        todo[setting] = [method for method in methods if method not in done]
+        there = [row for row in results["rows"] if _place(row) == place and not row["error"]]
+        done = set() if arguments.again else {row["method"] for row in there}
+        able = [method for method in methods if not missing(method, device, setting.family)]
+        todo[setting] = [method for method in able if method not in done]
     measure = partial(fitted, fit=fit) if fit else partial(compared, steps=arguments.steps, cold=not arguments.quick)
     where = origin()
     console = Console(stderr=True)

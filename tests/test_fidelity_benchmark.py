@@ -76,9 +76,29 @@ def test_what_is_measured_is_not_measured_again(monkeypatch, capsys, tmp_path):
     assert second["rows"][0]["loss"] == 0.5
 
 
+def test_seeds_have_nothing_of_one_another(monkeypatch, capsys, tmp_path):
+    wanted = "--tasks", "vit-lora", "--methods", "eager"
+    both = run(monkeypatch, capsys, *wanted, "--seeds", 0, 1, "--out", tmp_path / "both.json")
+    alone = run(monkeypatch, capsys, *wanted, "--seeds", 1, "--out", tmp_path / "alone.json")
+    rows = [
+        {name: value for name, value in each.items() if name != "command"} for each in (both["rows"][1], *alone["rows"])
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_task_that_is_another_now_is_measured_anew(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "fidelity.json"
+    wanted = "--tasks", "vit-lora", "--methods", "eager", "--seeds", 0, "--out", out
+    first = run(monkeypatch, capsys, *wanted)
+    first["rows"][0] |= {"key": "of old", "loss": 0.5}
+    out.write_text(json.dumps(first))
+    (row,) = run(monkeypatch, capsys, *wanted)["rows"]
+    assert row["loss"] != 0.5
+
+
 def test_results_of_another_machine_are_not_mixed_in(monkeypatch, capsys, tmp_path):
     out = tmp_path / "fidelity.json"
-    text = json.dumps({"hardware": "another", "rows": [{"task": "vit-lora"}]})
+    text = json.dumps({"hardware": "another", "rows": [{"task": "vit-lora", "key": ""}]})
     out.write_text(text)
     with pytest.raises(SystemExit, match="another machine"):
         run(monkeypatch, capsys, "--tasks", "vit-lora", "--methods", "eager", "--out", out)

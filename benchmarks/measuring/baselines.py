@@ -78,8 +78,10 @@ def checkpointed(model: nn.Module) -> nn.Module:
     return model
 
 
-def missing(method: str, device: torch.device) -> str | None:
-    """Why a method cannot be measured here, None if it can."""
+def missing(method: str, device: torch.device, family: str | None = None) -> str | None:
+    """Why a method cannot be measured here, or of this family, None if it can."""
+    if method == LIGER and family not in (None, "llama"):
+        return "of the families here, Liger-Kernel has Llama alone"
     if method == OFFLOAD and device.type == "cpu":
         return "it moves to the host's memory what is there already: it needs a GPU"
     if method == LIGER and (device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None):
