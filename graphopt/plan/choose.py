@@ -55,6 +55,9 @@ def choose(problem: Problem, stock: int, goal: Goal) -> Solution:
         cheapest = problem.solve(CHEAP * unit)
         return _bisect(problem, unit, lambda each: each.seconds <= limit, cheapest, up=True)
     found = list(_within_budget(problem, stock, goal.budget))
+    if not found:  # at any error
+        problem = replace(problem, blur=True)
+        found = list(_within_budget(problem, stock, goal.budget))
     if found and all(each.seconds > limit for each in found):  # by time alone
         fast = replace(problem, sensitivity=lambda value: 0.0)
         found += [each for tilt in TILTS for each in _within_budget(fast, stock, goal.budget, tilt)]

@@ -46,7 +46,7 @@ class Problem:
     """The values of one joint graph, the time of a step, and how much each value's error moves the gradient.
 
     `sensitivity` is, for each value, the squared relative error of the gradient by the squared relative error of the
-    value; `tolerance` is the error that a codec may have.
+    value; `tolerance` is the error that a codec may have. With `blur` what is sharp may be recomputed from anything.
     """
 
     graph: Graph
@@ -54,6 +54,7 @@ class Problem:
     rate: Rates
     sensitivity: Callable[[Value], float]
     tolerance: float = math.inf
+    blur: bool = False
 
     def codecs(self, value: Value) -> Iterator[Codec]:
         """The codecs within the tolerance that take fewer bytes than the value itself."""
@@ -63,7 +64,7 @@ class Problem:
 
     def recompute(self, value: Value, coarse: bool) -> float:
         """The time of computing a value anew, infinite where it might be from what a `coarse` codec left."""
-        return math.inf if coarse and value.sharp else value.recompute
+        return math.inf if coarse and value.sharp and not self.blur else value.recompute
 
     def solve(self, price: float, tilt: float = 0.0) -> Solution:
         """The best plan where a byte costs `price` seconds.
