@@ -19,6 +19,7 @@ def test_every_kernel_passes_the_gate():
 def test_a_wrong_kernel_has_no_speed():
     script = f"""
 import runpy, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
 sys.argv = ["kernels.py", "--interpret", "--only", "activation.backward"]
 import os
 os.environ["TRITON_INTERPRET"] = "1"
