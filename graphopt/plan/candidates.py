@@ -27,7 +27,7 @@ from graphopt.codecs import MASK, Codec
 from graphopt.graph import ORIGIN, after_tangents, hint, in_checkpoint, nbytes, owners, storage, storage_bytes, tensor
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.plan.estimate import ATTENTION, Rates, is_heavy, packet, seconds, written_out
-from graphopt.plan.sharp import FINE, is_softmax, sharpened
+from graphopt.plan.sharp import FINE, Owners, is_softmax, sharpened
 
 aten, prims = torch.ops.aten, torch.ops.prims
 SMALLEST, SMALLEST_MASK = 4096, 128  # bytes; below it a codec is not worth its kernel
@@ -54,13 +54,8 @@ RECOMPUTABLE_KERNELS = {
 }  # fmt: skip
 CHEAP = {torch.ops.graphopt.unpack}  # of ours, beside those that torch lists
 EXPONENTIAL = {aten.exp, aten.exp2, aten.expm1, aten.sinh, aten.cosh, aten.tan}
-QUOTIENT = {
-    aten.div: 1,
-    aten.true_divide: 1,
-    prims.div: 1,
-    aten.reciprocal: 0,
-    aten.rsqrt: 0,
-}  # and what they divide by
+# and the place of what they divide by
+QUOTIENT = {aten.div: 1, aten.true_divide: 1, prims.div: 1, aten.reciprocal: 0, aten.rsqrt: 0}
 SPARSE = {aten.scatter, aten.index_put, aten.masked_scatter}  # mostly zeros, which one scale for a group would blur
 LINEAR = {aten.add, aten.sub, aten.mul, aten.neg, aten.where, aten.clone, prims.convert_element_type}
 # they read much and give little of it, but each value as it was
@@ -122,9 +117,9 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
             region.add(owner[node])
     exact |= region
     statistics = _statistics(forward)
-    wide = _wide(forward, statistics)
-    fine, sharp = sharpened(graph.nodes, statistics)
-    fine, fine_codecs = {owner.get(node, node) for node in fine}, [codec for codec in codecs if codec.bits >= FINE]
+    wide = _wide(forward, owner, statistics)
+    fine, sharp = sharpened(owner, statistics)
+    fine, fine_codecs = {owner[node] for node in fine}, [codec for codec in codecs if codec.bits >= FINE]
     found = Graph()
     for node in _ancestors(required, owner):
         value = tensor(node)
@@ -246,14 +241,14 @@ def _statistics(forward: Sequence[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _wide(forward: Sequence[fx.Node], statistics: set[fx.Node]) -> set[fx.Node]:
+def _wide(forward: Sequence[fx.Node], owner: Owners, statistics: set[fx.Node]) -> set[fx.Node]:
     """Nodes whose values may lie orders of magnitude apart, of which one scale for a group keeps the largest only."""
     found: set[fx.Node] = set()
     for node in forward:
         read = [each for each in node.all_input_nodes if each not in statistics]
         if node in statistics or not read:
             continue
-        if packet(node) in SPARSE or (packet(node) in EXPONENTIAL and not is_softmax(node, statistics)):
+        if packet(node) in SPARSE or (packet(node) in EXPONENTIAL and not is_softmax(node, owner, statistics)):
             found.add(node)
         elif packet(node) in QUOTIENT and ORIGIN not in node.meta and node.args[QUOTIENT[packet(node)]] in read:
             found.add(node)

@@ -13,15 +13,15 @@ before that, another product away, may be coarser; what is computed from it may 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import fx
 
-from graphopt.graph import storage, tensor
 from graphopt.plan.estimate import ATTENTION, is_heavy, packet
 
 aten, prims = torch.ops.aten, torch.ops.prims
+Owners = Mapping[fx.Node, fx.Node]
 FINE = 8  # bits
 FLEX_ATTENTION = "flex_attention"  # a higher-order operator
 BIAS = "attn_mask", "attn_bias"  # of an attention, if it is named and not the fourth argument
@@ -29,12 +29,13 @@ BIAS = "attn_mask", "attn_bias"  # of an attention, if it is named and not the f
 THROUGH = {aten.mul, aten.div, aten.where, prims.convert_element_type}
 
 
-def sharpened(nodes: Iterable[fx.Node], statistics: Collection[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+def sharpened(owner: Owners, statistics: Collection[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
     """The nodes of a joint graph that need FINE bits, and those of them that must not be recomputed from less.
 
-    The second are products before the last one before a softmax; `statistics` are nodes that stand for many values.
+    The second are products before the last one before a softmax. `owner` says of every node what it is a view of;
+    `statistics` are nodes that stand for many values.
     """
-    products = dict.fromkeys(_softmaxed(nodes, statistics), 0)  # matrix products between a node and its softmax
+    products = dict.fromkeys(_softmaxed(owner, statistics), 0)  # matrix products between a node and its softmax
     queue = deque(products)
     last = set[fx.Node]()
     while queue:
@@ -51,35 +52,25 @@ def sharpened(nodes: Iterable[fx.Node], statistics: Collection[fx.Node]) -> tupl
     return set(products), last
 
 
-def is_softmax(node: fx.Node, statistics: Collection[fx.Node]) -> bool:
+def is_softmax(node: fx.Node, owner: Owners, statistics: Collection[fx.Node]) -> bool:
     """exp(x - max(x)) or exp(x - logsumexp(x)), as in a softmax written out, x perhaps scaled or masked after that."""
-    return packet(node) is aten.exp and any(each in statistics for each in _subtracted(node.all_input_nodes))
+    return packet(node) is aten.exp and any(each in statistics for each in _subtracted(node, owner))
 
 
-def _subtracted(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
-    """Each s of the differences x - s that nodes are, or scale, mask or show."""
-    for node in map(_shown, nodes):
+def _subtracted(reader: fx.Node, owner: Owners) -> Iterator[fx.Node]:
+    """Each s of the differences x - s that a node reads, scaled or masked perhaps."""
+    for node in (owner[each] for each in reader.all_input_nodes):
         if packet(node) is aten.sub and isinstance(node.args[1], fx.Node):
-            yield _shown(node.args[1])
+            yield owner[node.args[1]]
         elif packet(node) in THROUGH:
-            yield from _subtracted(node.all_input_nodes)
+            yield from _subtracted(node, owner)
 
 
-def _shown(node: fx.Node) -> fx.Node:
-    """What a node is a view of, or an alias."""
-    while node.op == "call_function" and len(node.all_input_nodes) == 1 and (value := tensor(node)) is not None:
-        (given,) = node.all_input_nodes
-        if (seen := tensor(given)) is None or storage(seen) != storage(value):
-            break
-        node = given
-    return node
-
-
-def _softmaxed(nodes: Iterable[fx.Node], statistics: Collection[fx.Node]) -> Iterator[fx.Node]:
-    for node in nodes:
+def _softmaxed(owner: Owners, statistics: Collection[fx.Node]) -> Iterator[fx.Node]:
+    for node in owner:
         if packet(node) in ATTENTION or str(node.target) == FLEX_ATTENTION:
             given = [*node.args[:4], *(node.kwargs.get(name) for name in BIAS), node, *node.users]
             yield from (each for each in given if isinstance(each, fx.Node))
-        elif is_softmax(node, statistics):
+        elif is_softmax(node, owner, statistics):
             yield from (*node.all_input_nodes, node)
             yield from (user for user in node.users if packet(user) is aten.div)

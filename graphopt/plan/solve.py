@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import networkx as nx
 from networkx.algorithms.flow import boykov_kolmogorov
@@ -62,9 +63,15 @@ class Problem:
             if codec.error <= self.tolerance and codec.bytes(value.numel) < value.bytes:
                 yield codec
 
-    def recompute(self, value: Value, coarse: bool) -> float:
-        """The time of computing a value anew, infinite where it might be from what a `coarse` codec left."""
-        return math.inf if coarse and value.sharp and not self.blur else value.recompute
+    @cached_property
+    def coarse(self) -> bool:
+        """Whether anything may be encoded in fewer than FINE bits, masks aside, which lose nothing."""
+        codecs = (codec for value in self.graph.values.values() for codec in self.codecs(value))
+        return any(codec.bits < FINE and codec.error for codec in codecs)
+
+    def recompute(self, value: Value) -> float:
+        """The time of computing a value anew, infinite where it might be from what a coarse codec left."""
+        return math.inf if self.coarse and value.sharp and not self.blur else value.recompute
 
     def solve(self, price: float, tilt: float = 0.0) -> Solution:
         """The best plan where a byte costs `price` seconds.
@@ -75,15 +82,13 @@ class Problem:
         network.add_nodes_from((SOURCE, SINK))
         places = range(len(self.graph.values))
         prices = [price * math.exp(tilt * (place / len(places) - 0.5)) for place in places]
-        allowed = {codec for value in self.graph.values.values() for codec in self.codecs(value)}
-        coarse = any(codec.bits < FINE and codec.error for codec in allowed)
         ways = {node: self._way(value, each) for (node, value), each in zip(self.graph.values.items(), prices)}
         for node, value in self.graph.values.items():
             before, behind = (node.name, "in"), (node.name, "out")
             cost, _ = ways[node]
             _edge(network, before, behind, cost)
             if value.inputs or not value.free:
-                _edge(network, SOURCE, before, self.recompute(value, coarse))
+                _edge(network, SOURCE, before, self.recompute(value))
             else:
                 _edge(network, SOURCE, before, math.inf)
             for each in value.inputs:
