@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -87,23 +86,6 @@ class Spec:
         no_cache = {"use_cache": False} if family in GENERATES else {}
         fields = {**SIZES[family][self.size], **bytes_only, **no_cache, **dict(self.changes)}
         return CLASSES[self.family][1](**fields, attn_implementation="sdpa")
-
-
-class WithLoss(nn.Module):
-    """A transformers model and its cross entropy, compiled together; forward runs under autocast to bf16 if asked."""
-
-    def __init__(self, model: nn.Module, autocast: bool = False) -> None:
-        super().__init__()
-        self.model, self.autocast = model, autocast
-
-    def logits(self, x: Tensor) -> Tensor:
-        """What the model makes of a batch, float32."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.model(x).logits.float()
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean loss, float32 [], of inputs `x` against targets `y`; targets of -100 do not count."""
-        return F.cross_entropy(self.logits(x).flatten(0, -2), y.flatten())
 
 
 def build(spec: Spec) -> PreTrainedModel:

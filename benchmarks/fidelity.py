@@ -15,7 +15,6 @@ are kept in build/fidelity.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import WithLoss, build
+from architectures import build
 from methods import STOCK, compiled
-from provenance import machine, origin
+from provenance import machine, origin, resumed, write
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -36,6 +35,7 @@ from tuning.tasks import TASKS, Task, Training, Weights
 
 from graphopt.demo import quieten
 from graphopt.demo.data import Batch, Data
+from graphopt.demo.models import WithLoss
 from graphopt.memory import saved_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -63,17 +63,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = [device.type] * (device.type != "cpu") + ["autocast"] * arguments.autocast
     out = arguments.out or ROOT / "benchmarks" / "results" / f"{'-'.join(['fidelity', *kinds])}.json"
-    results = {**machine(), "dtype": "autocast" if arguments.autocast else "float32", "rows": []}
-    if out.exists():
-        before = json.loads(out.read_text())
-        if {**before, "rows": []} != results:
-            raise SystemExit(f"{out} was measured on another machine or with other versions; --out takes another file")
-        results["rows"] = before["rows"]
+    results = resumed(out, {**machine(), "dtype": "autocast" if arguments.autocast else "float32"})
     tasks = {name: quick(TASKS[name]) if arguments.quick else TASKS[name] for name in arguments.tasks}
     # what was measured of a task that was another then is measured anew
-    results["rows"] = [
-        row for row in results["rows"] if row["task"] not in tasks or row["key"] == key(tasks[row["task"]])
-    ]
+    keys = {name: key(task) for name, task in tasks.items()}
+    results["rows"] = [row for row in results["rows"] if row["task"] not in keys or row.get("key") == keys[row["task"]]]
     done = {(row["task"], row["method"], row["seed"]) for row in results["rows"]}
     threads = max(1, torch.get_num_threads() // arguments.workers)
     cells = []
@@ -86,13 +80,12 @@ def main() -> None:
         pretrained(task.before, device)
 
     where = origin()
-    out.parent.mkdir(parents=True, exist_ok=True)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("runs", total=sum(len(cell.seeds) for cell in cells))
         for rows in every(cells, arguments.workers):
             results["rows"] += [{**row, **where} for row in rows]
             results["rows"].sort(key=_order)
-            _write(out, results)
+            write(out, results)
             for row in rows:
                 progress.console.print(_line(row), highlight=False, soft_wrap=True)
             progress.advance(bar, len(rows))
@@ -173,7 +166,7 @@ def pretrained(training: Training, device: torch.device) -> Weights:
     path = ROOT / "build" / "fidelity" / f"{training.spec.family}-{digest(about(training), machine())}.pt"
     if not path.exists():
         torch.manual_seed(0)
-        model = WithLoss(build(training.spec)).to(device)
+        model = WithLoss(build(training.spec), autocast=False).to(device)
         data = training.data(0)
         losses = train(model, model, data, training, device)
         print(f"pre-trained {training.spec.family}: loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
@@ -236,15 +229,6 @@ def quick(task: Task) -> Task:
 
 def _order(row: dict[str, Any]) -> tuple[int, str, int]:
     return list(TASKS).index(row["task"]), row["method"], row["seed"]
-
-
-def _write(out: Path, results: dict[str, Any]) -> None:
-    """A line for each run; in one go, so that an interrupted run leaves a whole file."""
-    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in results["rows"])
-    head = json.dumps({**results, "rows": []}, indent=1).removesuffix("[]\n}")
-    new = out.with_suffix(".new")
-    new.write_text(f"{head}[\n{rows}\n]}}\n")
-    os.replace(new, out)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -1,5 +1,6 @@
 """Where figures come from: hardware, versions, commit, command. Every script writes them beside what it measures."""
 
+import json
 import os
 import platform
 import shlex
@@ -22,6 +23,26 @@ def machine() -> dict[str, Any]:
 def origin() -> dict[str, Any]:
     """Of one row: the command, and the commit, `+` for local changes; None outside of a git checkout."""
     return {"commit": _commit(), "command": _command()}
+
+
+def resumed(out: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """The results that `out` has, or none yet, under `head`. Exits where they are of another machine or setting."""
+    if not out.exists():
+        return {**head, "rows": []}
+    before: dict[str, Any] = json.loads(out.read_text())
+    if {**before, "rows": []} != {**head, "rows": []}:
+        raise SystemExit(f"{out} was measured on another machine or with other versions; --out takes another file")
+    return before
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """A line for each row; all at once, so that a run that is stopped leaves the file of before or the new one."""
+    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in results["rows"])
+    head = json.dumps({**results, "rows": []}, indent=1).removesuffix("[]\n}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.name}.part")
+    part.write_text(f"{head}[\n{rows}\n]}}\n")
+    os.replace(part, out)
 
 
 def _hardware() -> str:

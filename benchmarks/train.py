@@ -22,8 +22,6 @@ of methods that failed.
 """
 
 import argparse
-import json
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -37,7 +35,7 @@ from measuring.comparison import compared
 from measuring.fit import OPTIMIZERS, VARIED, Fit, fitted
 from measuring.steps import PRECISIONS, Job, Run, Setting, length_of
 from methods import BUDGET, CHECKPOINT, KNOBS, STOCK, options, warm_up
-from provenance import machine, origin
+from provenance import machine, origin, resumed, write
 from rich.console import Console
 from rich.progress import Progress
 
@@ -68,7 +66,7 @@ def main() -> None:
     fit = None if arguments.fit is None else Fit(arguments.fit, arguments.vary, arguments.optimizer)
     kinds = ["fit" if fit else "train"] + [device.type] * (device.type != "cpu")
     out = arguments.out or RESULTS / f"{'-'.join(kinds)}.json"
-    results = _resumed(out)
+    results = resumed(out, machine())
     methods = list(_available(arguments, device))
     todo = {}
     for setting in dict.fromkeys(_settings(arguments)):
@@ -101,7 +99,7 @@ def main() -> None:
                 key = _place(row), row["method"]
                 others = [each for each in results["rows"] if (_place(each), each["method"]) != key]
                 results["rows"] = sorted([*others, {**row, **where}], key=_order)
-                _write(out, results)
+                write(out, results)
                 print(_line_of_fit(row) if fit else _line(row, results["rows"]), flush=True)
                 progress.advance(bar)
     print(f"wrote {out}")
@@ -174,25 +172,6 @@ def _settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     for family, tuning, precision, batch, length in product(*axes):
         length = length_of(family, arguments.size, length)
         yield Setting(family, arguments.size, tuning, precision, batch, length, layers)
-
-
-def _resumed(out: Path) -> Row:
-    """The results that `out` has, or none yet; they are of one machine."""
-    results: Row = {**machine(), "rows": []}
-    if not out.exists():
-        return results
-    before = json.loads(out.read_text())
-    if {**before, "rows": []} != results:
-        raise SystemExit(f"{out} was measured on another machine or with other versions; --out takes another file")
-    return before
-
-
-def _write(out: Path, results: Row) -> None:
-    """All at once: a run that is stopped leaves the file of before or the new one."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
-    part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    os.replace(part, out)
 
 
 def _place(row: Row) -> tuple[Any, ...]:

@@ -6,11 +6,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from architectures import WithLoss
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
+
+from graphopt.demo.models import WithLoss
 
 OFFLOAD, LIGER = "save_on_cpu", "liger"
 

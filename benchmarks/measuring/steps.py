@@ -9,12 +9,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from architectures import Spec, WithLoss, adapted, batch, build
+from architectures import Spec, adapted, batch, build
 from methods import CHECKPOINT, STOCK, compiled
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from graphopt.checking import LARGEST_REFERENCE
+from graphopt.demo.models import WithLoss
 from graphopt.memory import peak_bytes, saved_bytes
 from measuring.baselines import LIGER, OFFLOAD, Liger, Offloaded, checkpointed
 
@@ -121,7 +122,7 @@ class Job:
         if sum(each.numel() for each in self.model.parameters()) > LARGEST_REFERENCE:
             return None
         model = copy.deepcopy(self.model).float()
-        WithLoss(model)(self.x.float() if self.x.is_floating_point() else self.x, self.y).backward()
+        WithLoss(model, autocast=False)(self.x.float() if self.x.is_floating_point() else self.x, self.y).backward()
         return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
 
     def _copy(self) -> nn.Module:

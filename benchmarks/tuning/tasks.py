@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from architectures import GENERATES, Spec, WithLoss, adapted, build
+from architectures import GENERATES, Spec, adapted, build
 from torch import Tensor
 
 from graphopt.demo.data import Data
+from graphopt.demo.models import WithLoss
 from tuning import corpora
 from tuning.corpora import PACKAGES, WORDS
 
@@ -57,7 +58,7 @@ class Task:
         model = build(self.tuning.spec)
         own = model.state_dict()
         model.load_state_dict({**own, **{name: each for name, each in pretrained.items() if name in own}})
-        return WithLoss(adapted(model, self.tuning.spec))
+        return WithLoss(adapted(model, self.tuning.spec), autocast=False)
 
 
 def _tasks() -> Iterator[Task]:

@@ -57,17 +57,25 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type[PretrainedConfig], dict[str,
 
 
 class WithLoss(nn.Module):
-    """A transformers model and its cross entropy, so that both are compiled together; bf16 autocast on a GPU."""
+    """A transformers model and its cross entropy, so that both are compiled together.
 
-    def __init__(self, model: nn.Module) -> None:
+    Forward runs under autocast to bf16 if asked, or, where nothing is said, on a GPU.
+    """
+
+    def __init__(self, model: nn.Module, autocast: bool | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.autocast = model, autocast
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the model makes of a batch, float32."""
+        autocast = x.is_cuda if self.autocast is None else self.autocast
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            logits: Tensor = self.model(x).logits
+        return logits.float()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean loss, float32 [], of inputs `x` against targets `y`."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            logits = self.model(x).logits
-        return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
+        """The mean loss, float32 [], of inputs `x` against targets `y`; targets of -100 do not count."""
+        return F.cross_entropy(self.logits(x).flatten(0, -2), y.flatten())
 
 
 def build(name: str, seed: int) -> WithLoss:
