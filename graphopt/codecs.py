@@ -23,42 +23,61 @@ from graphopt.lowering import group_quant, ops, random  # noqa: F401  (ops regis
 from graphopt.lowering.formulas import WORD, WORDS
 
 BITS = {"int8": 8, "int4": 4, "int2": 2, "fp8": 8}
-ROUNDINGS = ("nearest", "stochastic")
+# how a codec rounds, and how its name says so
+ROUNDINGS = {"nearest": "", "stochastic": "unbiased", "hashed": "hashed"}
 
 
 @dataclass(frozen=True)
 class Codec:
     """Groups of `group` consecutive values, `bits` a value, and a scale, or (asymmetric) lowest value and step.
 
-    `error` is the root of the mean square of |x_ - x| over that of |x|, for normally distributed x. An unbiased codec
-    draws: the mean of x_ is x.
+    `error` is the root of the mean square of |x_ - x| over that of |x|, for normally distributed x.
+
+    rounding    "nearest"; small values beside large ones become zero, all in one direction.
+                "stochastic" draws: the mean of x_ over draws is x.
+                "hashed" has the noise of stochastic, made from each group's place and scale: the mean of x_ over groups
+                is that of x, equal x have equal codes, and no random number is drawn.
     """
 
     name: str
     bits: int
     error: float
-    unbiased: bool = False
+    rounding: str = "nearest"
     group: int = 64
     symmetric: bool = True
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws a seed, and so has the mean x over draws."""
+        return self.rounding == "stochastic"
+
+    @property
+    def dithered(self) -> bool:
+        return self.rounding != "nearest"
 
     def bytes(self, numel: int) -> int:
         """What the encoded parts of `numel` values take."""
         kept = torch.bfloat16.itemsize * (1 if self.symmetric else 2)
-        seed = torch.int64.itemsize if self.unbiased else 0
+        seed = torch.int64.itemsize if self.draws else 0
         return math.ceil(numel / self.group) * (self.group * self.bits // 8 + kept) + seed
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The parts to save of x: codes, what each group keeps, and a seed if unbiased; contiguous, on x's device."""
-        if not self.unbiased:
-            return group_quant.encode(x, self.bits, self.group, self.symmetric, None)
-        seed = random.seed(x.device)
-        return *group_quant.encode(x, self.bits, self.group, self.symmetric, seed), seed
+        """The parts to save of x, contiguous: codes, what each group keeps, and a seed if one is drawn."""
+        seed = (random.seed(x.device),) if self.draws else ()
+        dither = seed[0] if seed else self.rounding == "hashed"
+        return *group_quant.encode(x, self.bits, self.group, self.symmetric, dither), *seed
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What `encode` had, with the codec's error, in `shape` and `dtype`; contiguous."""
         codes, *kept = parts
-        seed = kept.pop() if self.unbiased else None
-        return group_quant.decode(codes, kept, seed, self.bits, shape, dtype)
+        dither = kept.pop() if self.draws else self.rounding == "hashed"
+        return group_quant.decode(codes, kept, dither, self.bits, shape, dtype)
+
+    def hashed(self) -> Codec:
+        """The same, but that what rounds to nearest is hashed: for values of which the small ones count in sum."""
+        if self.dithered:
+            return self
+        return codec(f"int{self.bits}", self.group, "hashed", self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,10 @@ class Float8(Codec):
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         codes, magnitude = parts
         return group_quant.decode_float8(codes, magnitude, shape, dtype)
+
+    def hashed(self) -> Codec:
+        """Itself: small values keep their own precision."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -101,23 +124,23 @@ def codec(name: str, group_size: int = 64, rounding: str = "nearest", symmetric:
         raise OptionsError(f"rounding {rounding!r} is not one of {', '.join(ROUNDINGS)}")
     if group_size not in (8 << i for i in range(8)):
         raise OptionsError(f"group_size {group_size!r} is not a power of two between 8 and 1024")
-    unbiased = rounding == "stochastic"
+    full = _name(name, group_size, rounding, symmetric)
     if name == "fp8":
-        if unbiased or not symmetric:
+        if rounding != "nearest" or not symmetric:
             raise OptionsError("fp8 rounds to nearest and is symmetric")
-        return Float8(_name(name, group_size, False, True), 8, 0.025, group=group_size)
-    error = _error(BITS[name], group_size, unbiased, symmetric)
-    return Codec(_name(name, group_size, unbiased, symmetric), BITS[name], error, unbiased, group_size, symmetric)
+        return Float8(full, 8, 0.025, group=group_size)
+    error = _error(BITS[name], group_size, rounding != "nearest", symmetric)
+    return Codec(full, BITS[name], error, rounding, group_size, symmetric)
 
 
-def _name(name: str, group: int, unbiased: bool, symmetric: bool) -> str:
-    parts = [name, "" if symmetric else "asymmetric", "" if group == 64 else str(group), "unbiased" if unbiased else ""]
+def _name(name: str, group: int, rounding: str, symmetric: bool) -> str:
+    parts = [name, "" if symmetric else "asymmetric", "" if group == 64 else str(group), ROUNDINGS[rounding]]
     return "-".join(part for part in parts if part)
 
 
-def _error(bits: int, group: int, unbiased: bool, symmetric: bool) -> float:
+def _error(bits: int, group: int, dithered: bool, symmetric: bool) -> float:
     """step / sqrt(12), the root of its mean square over groups of normal numbers."""
-    last = (1 << bits) - (1 if unbiased or not symmetric else 2 if bits == 8 else 0)
+    last = (1 << bits) - (1 if dithered or not symmetric else 2 if bits == 8 else 0)
     if symmetric:
         spread = 4 * _moments(lambda r: math.erf(r / math.sqrt(2)) ** group)[1]
     else:  # highest less lowest, nearly independent of each other
@@ -136,7 +159,8 @@ def _moments(below: Callable[[float], float]) -> tuple[float, float]:
 CODECS = {
     each.name: each
     for each in (
-        *(codec(name, rounding=rounding) for name in ("int8", "int4", "int2") for rounding in ROUNDINGS),
+        *(codec(name, rounding=each) for name in ("int8", "int4", "int2") for each in ("nearest", "stochastic")),
+        codec("int8", rounding="hashed"),
         codec("fp8"),
     )
 }
@@ -148,7 +172,8 @@ def named(name: str) -> Codec:
         return MASK
     kind, *rest = name.split("-")
     size = next((int(each) for each in rest if each.isdigit()), 64)
-    found = codec(kind, size, ROUNDINGS["unbiased" in rest], "asymmetric" not in rest)
+    rounding = next((each for each, suffix in ROUNDINGS.items() if suffix in rest), "nearest")
+    found = codec(kind, size, rounding, "asymmetric" not in rest)
     if found.name != name:
         raise OptionsError(f"codec {name!r} is not known (did you mean {found.name!r}?)")
     return found

@@ -55,7 +55,8 @@ class Options:
                        see graphopt.codecs; tolerance, where it is given, still applies. None: the integer codecs of
                        group_size and rounding within the tolerance.
     group_size         values that share one scale in a codec, a power of two from 16 to 1024.
-    rounding           of codecs: "nearest", or "stochastic", which is unbiased and draws random numbers.
+    rounding           of codecs: "nearest"; "stochastic", which is unbiased and draws random numbers; "hashed", whose
+                       noise is made of the values. Codecs of probabilities are hashed where others are to nearest.
     plan               a plan, or the path of one (see graphopt.plan.Plan); graphs that it is not for are planned anew.
     approx_activation  the code by which backward knows an activation's slope where that saves bytes: "relu3",
                        "unbiased" or "lloyd" (see graphopt.lowering.codes), or "off". Those gradients are approximate.
@@ -85,7 +86,7 @@ class Options:
 
         _one_of("preset", self.preset, tuple(PRESETS))
         for option, allowed in (
-            ("approx_activation", (*SCHEMES, "off")), ("recompute", RECOMPUTE), ("rounding", ROUNDINGS)
+            ("approx_activation", (*SCHEMES, "off")), ("recompute", RECOMPUTE), ("rounding", tuple(ROUNDINGS))
         ):  # fmt: skip
             if getattr(self, option) is not None:
                 _one_of(option, getattr(self, option), allowed)

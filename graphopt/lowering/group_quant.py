@@ -7,7 +7,8 @@ Symmetric, a group keeps its largest magnitude, and low is 0. To nearest in 4 an
 of largest magnitude, which so has code 0 whichever its sign is; zero is a level too, and no code is left over (Q4_0 of
 llama.cpp). Asymmetric, a group keeps its lowest value and the step. Dithered, decode makes the same u anew from a seed,
 so that the error is uniform in half a step each way, whatever x is: unbiased, at half the variance of stochastic
-rounding (subtractive dither: Schuchman 1964; Gray and Stockham 1993).
+rounding (subtractive dither: Schuchman 1964; Gray and Stockham 1993). Without a seed u is made from what the group
+keeps, the same in both.
 
 Written for what Inductor makes of it. Scales are rounded by their bits: it elides a cast to bfloat16 and back within a
 kernel, and encode would then use another scale than decode. Codes are packed, and noise is made, in floats: its C++ is
@@ -35,14 +36,15 @@ ROUNDS = (0x6A5D, 0x5BD1, 0x7A35, 0x4E6D)  # odd, of 15 bits: one of them times 
 GOLDEN_RATIO = 0.6180339887498949
 
 
-def encode(x: Tensor, bits: int, group: int, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, ...]:
+def encode(x: Tensor, bits: int, group: int, symmetric: bool, dither: Tensor | bool) -> tuple[Tensor, ...]:
     """Codes, uint8 [groups, group * bits / 8], and what the group keeps, bfloat16 [groups, 1] once or twice.
 
-    Codes are the nearest without a seed, dithered with one (int64, no dims). The last group is filled with zeros. A
-    group with inf or NaN, or a range past LIMIT, keeps NaN.
+    Codes are the nearest, or dithered: from a seed (int64, no dims), or if `dither` is True from what the group keeps.
+    The last group is filled with zeros. A group with inf or NaN, or a range past LIMIT, keeps NaN.
     """
     planes = _planes(_groups(x, group), bits)
-    signed = symmetric and seed is None and bits < 8
+    dithered = dither is not False
+    signed = symmetric and not dithered and bits < 8
     if signed:
         low, high = _lowest(planes), _highest(planes)
         magnitude = _scale(torch.maximum(high, -low))
@@ -51,17 +53,17 @@ def encode(x: Tensor, bits: int, group: int, symmetric: bool, seed: Tensor | Non
         scales = [_scale(_highest([plane.abs() for plane in planes]))]
     else:
         low, high = -_round_up(-_lowest(planes)), _highest(planes)
-        last = 2**bits - 1 - (0 if seed is None else 2 * MARGIN)
+        last = 2**bits - 1 - (2 * MARGIN if dithered else 0)
         scales = [low, torch.where(high - low <= LIMIT, _round_up((high - low) * (1 / last)), torch.nan)]
     kept = [each.to(torch.bfloat16) for each in scales]
     # read from what is saved, which Inductor's C++ has in memory by then: scales are not made anew for every code
-    centre, step, offset = _levels(kept, bits, dithered=seed is not None)
+    centre, step, offset = _levels(kept, bits, dithered)
     inverse = torch.where(step.abs() < torch.finfo(torch.float32).tiny, 0.0, 1 / step)
     codes = [(plane if offset is None else plane - offset) * inverse for plane in planes]
-    if seed is None:
+    if not dithered:
         codes = [(code + centre).round() for code in codes]
     else:
-        turns = _turns(seed, kept[0].shape[0], group, planes[0].shape[1])
+        turns = _turns(dither, kept, group, planes[0].shape[1])
         codes = [(code + turn + (centre + _unit(group) / 2)).floor() for code, turn in zip(codes, turns)]
     if signed:  # what lies past the last level, opposite to code 0
         codes = [code.clamp(max=2**bits - 1) for code in codes]
@@ -69,16 +71,17 @@ def encode(x: Tensor, bits: int, group: int, symmetric: bool, seed: Tensor | Non
 
 
 def decode(
-    codes: Tensor, kept: Sequence[Tensor], seed: Tensor | None, bits: int, shape: Sequence[int], dtype: torch.dtype
+    codes: Tensor, kept: Sequence[Tensor], dither: Tensor | bool, bits: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """What `encode` made the codes of, up to its error, of `shape` in `dtype`."""
-    centre, step, offset = _levels(kept, bits, dithered=seed is not None)
+    dithered = dither is not False
+    centre, step, offset = _levels(kept, bits, dithered)
     group, whole = codes.shape[1] * 8 // bits, bits == 8 or not sliced(codes.device)
     planes = [_unpack_whole(codes, bits)] if whole else _unpack(codes, bits)
-    if seed is None:
+    if not dithered:
         planes = [code - centre for code in planes]
     else:
-        turns = _turns(seed, codes.shape[0], group, group if whole else codes.shape[1])
+        turns = _turns(dither, kept, group, group if whole else codes.shape[1])
         planes = [code - turn + (0.5 - _unit(group) / 2 - centre) for code, turn in zip(planes, turns)]
     planes = [code * step for code in planes]
     if offset is not None:
@@ -200,27 +203,33 @@ def _unit(group: int) -> float:
     return 2.0 ** -(23 - math.ceil(math.log2(group)))
 
 
-def _turns(seed: Tensor, count: int, group: int, width: int) -> list[Tensor]:
-    """u - unit / 2 in [0, 1) for `count` groups, in slices of `width`.
+def _turns(dither: Tensor | bool, kept: Sequence[Tensor], group: int, width: int) -> list[Tensor]:
+    """u - unit / 2 in [0, 1) for the groups that keep `kept`, in slices of `width`.
 
     From a hash of the group on in steps of the golden ratio. Each value is uniform, which is all that an unbiased code
     takes; across groups they are independent, within one spread out evenly.
     """
-    unit = _unit(group)
-    start = (_hash(seed, count) & int(1 / unit - 1)).float() * unit
+    unit, count = _unit(group), kept[0].shape[0]
+    start = (_hash(_keys(dither, kept), count, kept[0].device) & int(1 / unit - 1)).float() * unit
     # Inductor keeps what has strides of its own in memory; otherwise it hashes anew for every value, and splits kernels
     start = start.as_strided((count, 1), (1, 1))
-    place = torch.arange(group, dtype=torch.float32, device=seed.device) * (round(GOLDEN_RATIO / unit) * unit)
+    place = torch.arange(group, dtype=torch.float32, device=kept[0].device) * (round(GOLDEN_RATIO / unit) * unit)
     sums = [start + each for each in torch.split(place, width)]
     return [each - each.floor() for each in sums]
 
 
-def _hash(seed: Tensor, count: int) -> Tensor:
-    """int32 [count], 24 bits: a Feistel network over the index, keyed by the seed; nothing overflows."""
-    index = torch.arange(count, dtype=torch.int32, device=seed.device)
+def _keys(dither: Tensor | bool, kept: Sequence[Tensor]) -> list[Tensor]:
+    """A key of 16 bits, int32, for each round of `_hash`: of a seed, or for each group of the bits of its scale."""
+    if isinstance(dither, Tensor):
+        return [((dither >> (16 * i)) & 0xFFFF).to(torch.int32) for i in range(len(ROUNDS))]
+    return [(kept[-1].float().view(torch.int32) >> 16).view(-1) & 0xFFFF] * len(ROUNDS)
+
+
+def _hash(keys: Sequence[Tensor], count: int, device: torch.device) -> Tensor:
+    """int32 [count], 24 bits: a Feistel network over the index with a key for each round; nothing overflows."""
+    index = torch.arange(count, dtype=torch.int32, device=device)
     left, right = (index >> 16) & 0xFFFF, index & 0xFFFF
-    for i, factor in enumerate(ROUNDS):
-        key = ((seed >> (16 * i)) & 0xFFFF).to(torch.int32)
+    for key, factor in zip(keys, ROUNDS):
         product = (right ^ key) * factor
         left, right = right, (left ^ product ^ (product >> 13)) & 0xFFFF
     return (left << 8) ^ right

@@ -4,7 +4,7 @@ A codec changes a value a little. So what is decoded may only be read where a sm
     ROUGH      comparisons, rounding, indices: what they answer is saved, never recomputed
     SINGULAR   a denominator, the argument of a logarithm: such a value is saved as it is
 Nor can one scale serve values orders of magnitude apart: EXPONENTIAL, QUOTIENT and SPARSE are saved as they are.
-What a softmax is taken of crosses in 8 bits or more (plan/sharp.py).
+What a softmax is taken of crosses in 8 bits or more (plan/softmax.py).
 Views go with what they show. Random numbers, collectives and operators nobody knows are not recomputed; what a
 checkpointed region reads is not encoded.
 """
@@ -27,7 +27,7 @@ from graphopt.codecs import MASK, Codec
 from graphopt.graph import ORIGIN, after_tangents, hint, in_checkpoint, nbytes, owners, storage, storage_bytes, tensor
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.plan.estimate import ATTENTION, Rates, is_heavy, packet, seconds, written_out
-from graphopt.plan.sharp import FINE, Owners, is_softmax, sharpened
+from graphopt.plan.softmax import FINE, Owners, is_softmax, needs
 
 aten, prims = torch.ops.aten, torch.ops.prims
 SMALLEST, SMALLEST_MASK = 4096, 128  # bytes; below it a codec is not worth its kernel
@@ -68,8 +68,8 @@ class Value:
     """A forward value that owns its storage, with the views of it.
 
     `recompute` is the time of computing it from `inputs` in backward, infinite where that is not done; `codecs` are
-    those it may be encoded with, `raw` says why there is none. `free` is what lives on in any case. What is `sharp` may
-    be recomputed only where nothing is encoded in fewer than FINE bits.
+    those it may be encoded with, `raw` says why there is none. `free` is what lives on in any case. What
+    `needs_fine` may be recomputed only where nothing is encoded in fewer than FINE bits.
     """
 
     node: fx.Node
@@ -82,7 +82,7 @@ class Value:
     raw: str = ""
     decoded_to_memory: bool = False
     required: bool = False
-    sharp: bool = False
+    needs_fine: bool = False
 
     @property
     def numel(self) -> int:
@@ -118,14 +118,15 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
     exact |= region
     statistics = _statistics(forward)
     wide = _wide(forward, owner, statistics)
-    fine, sharp = sharpened(owner, statistics)
-    fine, fine_codecs = {owner[node] for node in fine}, [codec for codec in codecs if codec.bits >= FINE]
+    softmax = needs({node: owner[node] for node in forward}, statistics)
+    fine, dithered = ({owner[each] for each in found} for found in (softmax.fine, softmax.dither))
     found = Graph()
     for node in _ancestors(required, owner):
         value = tensor(node)
         given = node.op != "call_function"
         lives_on = value is not None and storage(value) in users
-        allowed = fine_codecs if node in fine else codecs
+        allowed = [codec for codec in codecs if codec.bits >= FINE or node not in fine]
+        allowed = [codec.hashed() for codec in allowed] if node in dithered else allowed
         why = _why_raw(node, value, node in exact, node in statistics, node in wide)
         if not why and codecs and not allowed:
             why = f"a softmax is taken of it: it needs {FINE} bits or more"
@@ -140,7 +141,7 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
             raw=why,
             decoded_to_memory=written_out(node),
             required=node in required,
-            sharp=node in sharp,
+            needs_fine=node in softmax.behind_products,
         )
     return found
 

@@ -24,7 +24,7 @@ from torch import fx
 from graphopt.codecs import Codec
 from graphopt.plan.candidates import Graph, Value
 from graphopt.plan.estimate import Rates
-from graphopt.plan.sharp import FINE
+from graphopt.plan.softmax import FINE
 
 SOURCE, SINK = "source", "sink"
 PRECISION = 1e15  # whole numbers, in units of a femtosecond: flows of floats never quite fill an edge
@@ -47,7 +47,7 @@ class Problem:
     """The values of one joint graph, the time of a step, and how much each value's error moves the gradient.
 
     `sensitivity` is, for each value, the squared relative error of the gradient by the squared relative error of the
-    value; `tolerance` is the error that a codec may have. With `blur` what is sharp may be recomputed from anything.
+    value; `tolerance` is the error that a codec may have. With `blur` what needs FINE bits may be recomputed from less.
     """
 
     graph: Graph
@@ -71,7 +71,7 @@ class Problem:
 
     def recompute(self, value: Value) -> float:
         """The time of computing a value anew, infinite where it might be from what a coarse codec left."""
-        return math.inf if self.coarse and value.sharp and not self.blur else value.recompute
+        return math.inf if self.coarse and value.needs_fine and not self.blur else value.recompute
 
     def solve(self, price: float, tilt: float = 0.0) -> Solution:
         """The best plan where a byte costs `price` seconds.

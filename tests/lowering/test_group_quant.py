@@ -30,7 +30,7 @@ def functions(each):
     """encode(x, seed) and decode(parts, like), with the seed among the arguments."""
 
     def encode(x, seed):
-        if not each.unbiased:
+        if not each.draws:
             return each.encode(x)
         return *group_quant.encode(x, each.bits, each.group, each.symmetric, seed), seed
 
@@ -81,8 +81,11 @@ def test_one_graph_serves_every_size(each, width):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("each", [CODECS["int8"], CODECS["int4-unbiased"], codec("int2", symmetric=False)],
-                         ids=lambda each: each.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "each",
+    [CODECS["int8"], CODECS["int4-unbiased"], CODECS["int8-hashed"], codec("int2", symmetric=False)],
+    ids=lambda each: each.name,
+)
 def test_inductor_makes_the_same_codes_and_values(each):
     """A power of two too: codes of a tensor that is made in the same kernel, which Inductor has not rounded yet."""
     encode, decode = functions(each)
@@ -110,7 +113,7 @@ def test_encode_uses_the_scale_that_is_saved():
 @pytest.mark.slow
 def test_codes_are_vectorised_on_a_cpu():
     """Scalar loops are ten times slower; in C++ they show as conversions of single numbers to a byte."""
-    for each in (CODECS["int8"], CODECS["int4-unbiased"], CODECS["int2"]):
+    for each in (CODECS["int8"], CODECS["int4-unbiased"], CODECS["int8-hashed"], CODECS["int2"]):
         encode, decode = functions(each)
         x = torch.randn(48, 256).bfloat16()
         parts, [code] = run_and_get_code(compiled, encode, x, SEED)
