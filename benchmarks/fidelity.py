@@ -142,6 +142,7 @@ def measure(cell: Cell) -> Iterator[dict[str, Any]]:
     for seed in cell.seeds:
         model.load_state_dict(task.model(seed, weights).state_dict())
         data = task.tuning.data(seed)
+        before, _ = evaluate(model, data.held_out, cell.device)
         torch.manual_seed(seed)
         losses = train(model, function, data, task.tuning, cell.device)
         x, y = _to(data.train(0), cell.device)
@@ -154,9 +155,11 @@ def measure(cell: Cell) -> Iterator[dict[str, Any]]:
             "key": key(task),
             "method": cell.method,
             "seed": seed,
+            "loss_before": round(before, 4),
             "loss": round(loss, 6),
             "accuracy": round(accuracy, 5) if task.classifies else None,
             "saved_bytes": saved,
+            "steps_per_loss": BIN,
             "losses": [round(sum(each) / len(each), 4) for each in bins],
         }
 

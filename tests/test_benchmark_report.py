@@ -21,7 +21,7 @@ def runs(method, losses, task="gpt2-full", accuracy=None, saved=100):
     return [
         {
             "task": task, "method": method, "seed": seed, "loss": loss, "accuracy": accuracy and accuracy + seed / 100,
-            "saved_bytes": saved, "losses": [3.0, 2.0, loss],
+            "saved_bytes": saved, "loss_before": 3.0, "steps_per_loss": 10, "losses": [3.0, 2.0, loss],
         }
         for seed, loss in enumerate(losses)
     ]  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_difference_beyond_the_noise_is_bold():
     assert "| task | `inductor` | `lowmem:exact` | `lowmem:smallest` |" in text
     (line,) = cells(text)
     assert line == [
-        "GPT-2, full", "1.2000 ± 0.0707", "+0.1000 ± 0.0000<br>60%", "**+0.2000 ± 0.0000**<br>20%",
+        "GPT-2, full", "1.2000 ± 0.0707<br>before: 3.00", "+0.1000 ± 0.0000<br>60%", "**+0.2000 ± 0.0000**<br>20%",
     ]  # fmt: skip
 
 
@@ -125,8 +125,8 @@ def test_classifiers_have_an_accuracy():
     results = fidelity(runs("inductor", STOCK), runs("inductor", STOCK, "vit-lora", 0.9))
     # the standard error of 0.90 ... 0.94 is sqrt(0.00025 / 5) = 0.7 %
     assert [line[1] for line in cells(render_fidelity(results))] == [
-        "1.2000 ± 0.0707",
-        "1.2000 ± 0.0707<br>92.0 ± 0.7%",
+        "1.2000 ± 0.0707<br>before: 3.00",
+        "1.2000 ± 0.0707<br>before: 3.00<br>92.0 ± 0.7%",
     ]
 
 
@@ -143,7 +143,7 @@ def test_a_method_that_was_not_run_is_a_dash():
 def test_one_seed_has_no_error():
     text = render_fidelity(fidelity(runs("inductor", [1.2]), runs("lowmem:exact", [1.3])))
     assert "over 1 seed under" in text
-    assert cells(text) == [["GPT-2, full", "1.2000", "+0.1000<br>100%"]]
+    assert cells(text) == [["GPT-2, full", "1.2000<br>before: 3.00", "+0.1000<br>100%"]]
 
 
 def test_details_say_what_does_not_hold():

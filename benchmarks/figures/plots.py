@@ -64,7 +64,6 @@ LOSSES = {
     "lowmem:paper:unbiased": "purple",
     "lowmem:paper:lloyd": "yellow",
 }
-BIN = 10  # steps of one mean training loss
 PANELS = 4  # in a row
 
 
@@ -137,10 +136,10 @@ def draw_fidelity(rows: Sequence[Row], theme: Theme) -> Figure:
     for task, panel in zip(tasks, panels):
         panel.set_title(task_name(task), fontsize=8)
         for method, colour in LOSSES.items():
-            curves = [row["losses"] for row in rows if (row["task"], row["method"]) == (task, method)]
-            if curves:
-                means = [sum(each) / len(each) for each in zip(*curves)]
-                steps = [BIN * (i + 0.5) for i in range(len(means))]
+            own = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+            if own:
+                means = [sum(each) / len(each) for each in zip(*(row["losses"] for row in own))]
+                steps = [own[0]["steps_per_loss"] * (i + 0.5) for i in range(len(means))]
                 stock = method == STOCK
                 panel.plot(steps, means, label=method, color=getattr(theme, colour), linewidth=4 if stock else 1,
                            alpha=0.5 if stock else 1)  # fmt: skip

@@ -1,6 +1,7 @@
 """Markdown of results of training: fidelity.json, held-out losses of fine-tuning; train.json, steps of whole models."""
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ def render_fidelity(results: Row) -> str:
     methods = [method for method in _methods(rows) if method != STOCK]
     lines = []
     for task in dict.fromkeys(task for task, _ in losses):
-        stock = _loss(losses[task, STOCK].own)
+        before = statistics.fmean(row["loss_before"] for row in rows if (row["task"], row["method"]) == (task, STOCK))
+        stock = f"{_loss(losses[task, STOCK].own)}<br>before: {before:.2f}"
         if task in accuracy:
             stock += f"<br>{_percent(accuracy[task])}"
         found = (losses.get((task, method)) for method in methods)
@@ -27,9 +29,10 @@ def render_fidelity(results: Row) -> str:
         lines.append([task_name(task), stock, *cells])
     return (
         f"Held-out loss after fine-tuning in {_dtype(results)}: mean ± standard error over {_seeds(rows)} "
-        "under stock Inductor, for classifiers the accuracy too. Then what a method changes, ± the standard error of "
-        "differences seed by seed, and its saved bytes as a share of stock's. Bold: more than two standard errors of "
-        "stock's mean.\n\n" + markdown(["task", f"`{STOCK}`", *(f"`{method}`" for method in methods)], lines)
+        "under stock Inductor, the loss before it, and for classifiers the accuracy. Then what a method changes, ± the "
+        "standard error of differences seed by seed, and its saved bytes as a share of stock's. Bold: more than two "
+        "standard errors of stock's mean. A change of several errors of its own is systematic, however small.\n\n"
+        + markdown(["task", f"`{STOCK}`", *(f"`{method}`" for method in methods)], lines)
     )
 
 

@@ -62,12 +62,13 @@ class Task:
 
 
 def _tasks() -> Iterator[Task]:
+    # of 0.02, which is made for a width of 768, so little is left at 128 that models hardly start to learn
+    spread = ("initializer_range", 0.02 * (768 / 128) ** 0.5)
     for family in GENERATES:
-        before = Training(Spec(family, "tiny"), corpora.source, batch=4, length=128, steps=800, learning_rate=2e-3)
+        spec = Spec(family, "tiny", changes=(spread,))
+        before = Training(spec, corpora.source, batch=4, length=128, steps=2000, learning_rate=2e-3)
         yield from _tuned(before, replace(before, corpus=corpora.docstrings, steps=200), full=5e-4, lora=4e-3)
 
-    # of 0.02, which is made for a width of 768, so little is left at 128 that post-norm layers do not start to learn
-    spread = ("initializer_range", 0.02 * (768 / 128) ** 0.5)
     about = ("num_labels", len(PACKAGES)), ("vocab_size", WORDS), ("max_position_embeddings", 64), spread
     masked = Spec("bert-masked", "tiny", changes=about)
     before = Training(masked, corpora.masked_source, batch=16, length=32, steps=800, learning_rate=5e-4)
