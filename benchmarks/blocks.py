@@ -10,7 +10,6 @@ is |g - g0| / |g0|, g0 from float32 eager on the same batch.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from methods import CHECKPOINT, STOCK, compiled, warm_up
 from networks import BLOCKS, WIDTH, build
-from provenance import machine, origin
+from provenance import machine, origin, resumed, write
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
@@ -123,7 +122,7 @@ def record(arguments: argparse.Namespace, methods: Iterable[str], name: str, col
 
     for method in methods:
         warm_up(method, device)
-    results: dict[str, Any] = {
+    head = {
         **machine(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -132,21 +131,17 @@ def record(arguments: argparse.Namespace, methods: Iterable[str], name: str, col
         "width": WIDTH,
         "unit_bytes": UNIT,
         "timed_steps": arguments.steps,
-        "rows": [],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():  # other blocks and methods, measured in the same setting, stay
-        before = json.loads(out.read_text())
-        if {**before, "rows": []} == results:
-            measured = {(block, method) for block in arguments.blocks for method in methods}
-            results["rows"] = [row for row in before["rows"] if (row["block"], row["method"]) not in measured]
+    results = resumed(out, head)
+    again = {(block, method) for block in arguments.blocks for method in methods}
+    results["rows"] = [row for row in results["rows"] if (row["block"], row["method"]) not in again]
     where = origin()
     for block in arguments.blocks:
         for row in measure(block, methods, arguments.steps, setting):
             results["rows"].append({**row, **where})
             print(_line(row), flush=True)
         results["rows"].sort(key=lambda row: list(BLOCKS).index(row["block"]))
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        write(out, results)
     print(f"wrote {out}")
     return results
 

@@ -10,8 +10,8 @@ see the same batches in the same order, in float32 unless --autocast is given: t
 error of a codec does not hide behind bf16's. What is compared at the end is the loss, and the accuracy, on held-out
 data.
 
-Runs that the file of results has, measured on such a machine with such versions, are not run again. Pre-trained weights
-are kept in build/fidelity.
+Runs that the file of results has are not run again. If it is of another machine, or of other versions, it is put aside.
+Pre-trained weights are kept in build/fidelity.
 """
 
 import argparse

@@ -26,13 +26,18 @@ def origin() -> dict[str, Any]:
 
 
 def resumed(out: Path, head: dict[str, Any]) -> dict[str, Any]:
-    """The results that `out` has, or none yet, under `head`. Exits where they are of another machine or setting."""
-    if not out.exists():
-        return {**head, "rows": []}
-    before: dict[str, Any] = json.loads(out.read_text())
-    if {**before, "rows": []} != {**head, "rows": []}:
-        raise SystemExit(f"{out} was measured on another machine or with other versions; --out takes another file")
-    return before
+    """The results that `out` has, or none yet, under `head`.
+
+    Those of another machine or setting are put aside in a file beside it, since rows of one file must be comparable.
+    """
+    if out.exists():
+        before: dict[str, Any] = json.loads(out.read_text())
+        if {**before, "rows": []} == {**head, "rows": []}:
+            return before
+        aside = out.with_name(f"{out.stem}.old{out.suffix}")
+        os.replace(out, aside)
+        print(f"{out.name} was of another machine, setting or versions: it is now {aside}")
+    return {**head, "rows": []}
 
 
 def write(out: Path, results: dict[str, Any]) -> None:

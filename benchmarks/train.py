@@ -17,8 +17,8 @@ of LoRA are random, so that all gradients are there and can be compared.
 The gradient error is |g - g0| / |g0|, g0 from float32 eager on the same weights and batch; of a model of more than a
 billion parameters from stock Inductor. measuring/gate.py says how large it may be; what is further off is not timed.
 
-Rows that the file of results has, measured on such a machine with such versions, are not measured again, but for those
-of methods that failed.
+Rows that the file of results has are not measured again, but for those of methods that failed. If it is of another
+machine, or of other versions, it is put aside.
 """
 
 import argparse
