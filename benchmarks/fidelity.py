@@ -5,9 +5,9 @@
     python benchmarks/fidelity.py --tasks vit-lora --methods inductor lowmem:exact --seeds 0 1
     python benchmarks/fidelity.py --quick --out /tmp/fidelity.json    # a few steps: does it run?
 
-Tasks are those of tuning/tasks.py, methods those of methods.py. All runs of one seed start from the same weights and
-see the same batches in the same order, in float32 unless --autocast is given: there exact has to equal stock, and the
-error of a codec does not hide behind bf16's. What is compared at the end is the loss, and the accuracy, on held-out
+Tasks are those of finetuning/tasks.py, methods those of methods.py. All runs of one seed start from the same weights
+and see the same batches in the same order, in float32 unless --autocast is given: there exact has to equal stock, and
+the error of a codec does not hide behind bf16's. What is compared at the end is the loss, and the accuracy, on held-out
 data.
 
 Runs that the file of results has are not run again. If it is of another machine, or of other versions, it is put aside.
@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from architectures import build
+from finetuning.tasks import TASKS, Task, Training, Weights
 from methods import STOCK, compiled
 from provenance import machine, origin, resumed, write
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from tuning.tasks import TASKS, Task, Training, Weights
 
 from graphopt.demo import quieten
 from graphopt.demo.data import Batch, Data

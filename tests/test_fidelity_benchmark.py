@@ -10,8 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fidelity
 from architectures import build
-from tuning import corpora
-from tuning.tasks import TASKS
+from finetuning import corpora
+from finetuning.tasks import TASKS
 
 CORPORA = (corpora.source, corpora.docstrings, corpora.masked_source, corpora.packages)
 

@@ -17,10 +17,10 @@ import torch
 from architectures import GENERATES, Spec, adapted, build
 from torch import Tensor
 
+from finetuning import corpora
+from finetuning.corpora import PACKAGES, WORDS
 from graphopt.demo.data import Data
 from graphopt.demo.models import WithLoss
-from tuning import corpora
-from tuning.corpora import PACKAGES, WORDS
 
 Weights = dict[str, Tensor]
 
