@@ -70,9 +70,8 @@ def main() -> None:
     methods = list(_available(arguments, device))
     todo = {}
     for setting in dict.fromkeys(_settings(arguments)):
-        place = _place({**setting.row, **(fit.row if fit else {})})
-        there = [row for row in results["rows"] if _place(row) == place and not row["error"]]
-        done = set() if arguments.again else {row["method"] for row in there}
+        row = {**setting.row, **(fit.row if fit else {})}
+        done = set() if arguments.again else measured(results["rows"], row, None if fit else arguments.steps)
         able = [method for method in methods if not missing(method, device, setting.family)]
         todo[setting] = [method for method in able if method not in done]
     measure = partial(fitted, fit=fit) if fit else partial(compared, steps=arguments.steps, cold=not arguments.quick)
@@ -136,6 +135,12 @@ def parse() -> argparse.Namespace:
         if wrong:
             parser.error(f"argument --methods: {method!r} is no method; {wrong}")
     return arguments
+
+
+def measured(rows: Sequence[Row], setting: Row, steps: int | None) -> set[str]:
+    """The methods that `rows` have figures of in a setting, from as many timed steps."""
+    same = (row for row in rows if _place(row) == _place(setting) and row.get("timed_steps") == steps)
+    return {row["method"] for row in same if not row["error"]}
 
 
 def _sizes(families: Sequence[str]) -> str:

@@ -122,6 +122,19 @@ def test_rows_have_bytes_time_and_a_gradient_error_and_are_measured_once(monkeyp
     assert json.loads(out.read_text()) == results
 
 
+def test_what_was_timed_by_other_steps_or_failed_is_measured_again():
+    setting = dict.fromkeys(train.AXES, 1)
+    rows = [
+        {**setting, "method": "fp8", "error": None, "timed_steps": 15},
+        {**setting, "method": "eager", "error": None, "timed_steps": 2},
+        {**setting, "method": "inductor", "error": "RuntimeError: out of memory", "timed_steps": 15},
+        {**setting, "batch": 2, "method": "checkpoint", "error": None, "timed_steps": 15},
+        {**setting, "method": "lowmem", "error": None},
+    ]
+    assert train.measured(rows, setting, 15) == {"fp8"}
+    assert train.measured(rows, setting, None) == {"lowmem"}
+
+
 REFUSED = {
     "--size 8b": "no '8b' of gpt2, bert, vit; gpt2 has tiny, mini, small",
     "--methods lowmem:smalest": "option 'preset': 'smalest' (did you mean 'smallest'?)",

@@ -82,8 +82,9 @@ def render_train_details(results: Row) -> str:
     rows = results["rows"]
     return (
         f"Saved bytes / peak memory of a step above what is held before it, in MiB:\n\n{_by_setting(rows, _bytes)}\n\n"
-        "Step time as a multiple of stock Inductor's / seconds of the first call, which compiles / gradient error. In "
-        f"brackets: more error than the method may have, so it is not timed:\n\n{_by_setting(rows, _costs)}"
+        "Step time as a multiple of stock Inductor's / seconds of the first call, which compiles / gradient error. A "
+        "method may err by twice what its codecs do, beside twice what stock does. In brackets: more than that, so it "
+        f"is not timed:\n\n{_by_setting(rows, _costs)}"
     )
 
 
