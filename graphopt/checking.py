@@ -173,7 +173,7 @@ def _compared(
         if not one or not other:  # only one of the two has this gradient
             rows.append(Gradient(name, math.inf, 0.0, limit))
             continue
-        rounding = ROUNDING * _distance(other, exact) if exact and name in exact else precision**0.5
+        rounding = ROUNDING * _distance(other, {name: exact[name]}) if exact and name in exact else precision**0.5
         rounding = math.inf if _norm(other) < precision * whole else max(rounding, ROUNDING * precision)
         rows.append(Gradient(name, _distance(one, other), _cosine(one, other), limit + rounding))
     return tuple(sorted(rows, key=lambda row: (row.ok, -row.error, row.parameter)))

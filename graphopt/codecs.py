@@ -35,8 +35,8 @@ class Codec:
 
     rounding    "nearest"; small values beside large ones become zero, all in one direction.
                 "stochastic" draws: the mean of x_ over draws is x.
-                "hashed" has the noise of stochastic, made from each group's place and scale: the mean of x_ over groups
-                is that of x, equal x have equal codes, and no random number is drawn.
+                "hashed" rounds up or down by noise made from each group's place and scale: sums over groups keep their
+                value, zeros are exact, equal x have equal codes, and no random number is drawn. In 8 bits only.
     """
 
     name: str
@@ -51,10 +51,6 @@ class Codec:
         """Whether it draws a seed, and so has the mean x over draws."""
         return self.rounding == "stochastic"
 
-    @property
-    def dithered(self) -> bool:
-        return self.rounding != "nearest"
-
     def bytes(self, numel: int) -> int:
         """What the encoded parts of `numel` values take."""
         kept = torch.bfloat16.itemsize * (1 if self.symmetric else 2)
@@ -63,21 +59,22 @@ class Codec:
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """The parts to save of x, contiguous: codes, what each group keeps, and a seed if one is drawn."""
-        seed = (random.seed(x.device),) if self.draws else ()
-        dither = seed[0] if seed else self.rounding == "hashed"
-        return *group_quant.encode(x, self.bits, self.group, self.symmetric, dither), *seed
+        if not self.draws:
+            return group_quant.encode(x, self.bits, self.group, self.symmetric, None, self.rounding == "hashed")
+        seed = random.seed(x.device)
+        return *group_quant.encode(x, self.bits, self.group, self.symmetric, seed), seed
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What `encode` had, with the codec's error, in `shape` and `dtype`; contiguous."""
         codes, *kept = parts
-        dither = kept.pop() if self.draws else self.rounding == "hashed"
-        return group_quant.decode(codes, kept, dither, self.bits, shape, dtype)
+        seed = kept.pop() if self.draws else None
+        return group_quant.decode(codes, kept, seed, self.bits, shape, dtype)
 
     def hashed(self) -> Codec:
-        """The same, but that what rounds to nearest is hashed: for values of which the small ones count in sum."""
-        if self.dithered:
+        """The same, hashed if it is of 8 bits to nearest: for values of which the small ones count in sum."""
+        if (self.bits, self.rounding) != (8, "nearest"):
             return self
-        return codec(f"int{self.bits}", self.group, "hashed", self.symmetric)
+        return codec("int8", self.group, "hashed", self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ MASK = Bits("bits", 1, 0.0, group=WORD)
 def codec(name: str, group_size: int = 64, rounding: str = "nearest", symmetric: bool = True) -> Codec:
     """The codec of these options; `name` is int8, int4, int2 or fp8, which rounds to nearest and is symmetric.
 
-    A group is a power of two between 8 and 1024. Raises OptionsError for anything else.
+    A group is a power of two between 8 and 1024. Raises OptionsError for anything else, and for int4 or int2 hashed.
     """
     if name not in BITS:
         raise OptionsError(f"codec {name!r} is not one of {', '.join(BITS)}")
@@ -129,7 +126,9 @@ def codec(name: str, group_size: int = 64, rounding: str = "nearest", symmetric:
         if rounding != "nearest" or not symmetric:
             raise OptionsError("fp8 rounds to nearest and is symmetric")
         return Float8(full, 8, 0.025, group=group_size)
-    error = _error(BITS[name], group_size, rounding != "nearest", symmetric)
+    if rounding == "hashed" and name != "int8":
+        raise OptionsError(f"codec {name!r} is not hashed, int8 is")
+    error = _error(BITS[name], group_size, rounding, symmetric)
     return Codec(full, BITS[name], error, rounding, group_size, symmetric)
 
 
@@ -138,15 +137,15 @@ def _name(name: str, group: int, rounding: str, symmetric: bool) -> str:
     return "-".join(part for part in parts if part)
 
 
-def _error(bits: int, group: int, dithered: bool, symmetric: bool) -> float:
-    """step / sqrt(12), the root of its mean square over groups of normal numbers."""
-    last = (1 << bits) - (1 if dithered or not symmetric else 2 if bits == 8 else 0)
+def _error(bits: int, group: int, rounding: str, symmetric: bool) -> float:
+    """step / sqrt(12), the root of its mean square over groups of normal numbers; hashed step / sqrt(6)."""
+    last = (1 << bits) - (1 if rounding == "stochastic" or not symmetric else 2 if bits == 8 else 0)
     if symmetric:
         spread = 4 * _moments(lambda r: math.erf(r / math.sqrt(2)) ** group)[1]
     else:  # highest less lowest, nearly independent of each other
         mean, square = _moments(lambda r: (0.5 + 0.5 * math.erf(r / math.sqrt(2))) ** group)
         spread = 2 * square + 2 * mean**2
-    return round(math.sqrt(spread / 12) / last, 5)
+    return round(math.sqrt(spread / (6 if rounding == "hashed" else 12)) / last, 5)
 
 
 def _moments(below: Callable[[float], float]) -> tuple[float, float]:

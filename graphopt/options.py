@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin
 
-from graphopt.codecs import ROUNDINGS, named, within
+from graphopt.codecs import named, within
 from graphopt.errors import OptionsError
 from graphopt.lowering.codes import SCHEMES
 from graphopt.plan import Plan
@@ -20,6 +20,7 @@ from graphopt.plan.make import Settings
 
 ENVIRONMENT = "GRAPHOPT_OPTIONS"
 RECOMPUTE = ("stock", "pointwise", "any")
+ROUNDING = ("nearest", "stochastic")
 GROUP_SIZE, GROUP_SIZES = 64, (16, 32, 64, 128, 256, 512, 1024)
 # what a preset sets where the option itself is not given
 PRESETS: dict[str, dict[str, Any]] = {
@@ -55,8 +56,8 @@ class Options:
                        see graphopt.codecs; tolerance, where it is given, still applies. None: the integer codecs of
                        group_size and rounding within the tolerance.
     group_size         values that share one scale in a codec, a power of two from 16 to 1024.
-    rounding           of codecs: "nearest"; "stochastic", which is unbiased and draws random numbers; "hashed", whose
-                       noise is made of the values. Codecs of probabilities are hashed where others are to nearest.
+    rounding           of codecs: "nearest", or "stochastic", which is unbiased and draws random numbers. Those of
+                       probabilities in 8 bits are hashed where others are to nearest (graphopt.codecs).
     plan               a plan, or the path of one (see graphopt.plan.Plan); graphs that it is not for are planned anew.
     approx_activation  the code by which backward knows an activation's slope where that saves bytes: "relu3",
                        "unbiased" or "lloyd" (see graphopt.lowering.codes), or "off". Those gradients are approximate.
@@ -86,7 +87,7 @@ class Options:
 
         _one_of("preset", self.preset, tuple(PRESETS))
         for option, allowed in (
-            ("approx_activation", (*SCHEMES, "off")), ("recompute", RECOMPUTE), ("rounding", tuple(ROUNDINGS))
+            ("approx_activation", (*SCHEMES, "off")), ("recompute", RECOMPUTE), ("rounding", ROUNDING)
         ):  # fmt: skip
             if getattr(self, option) is not None:
                 _one_of(option, getattr(self, option), allowed)
@@ -164,7 +165,7 @@ class Options:
         if self.codecs is not None:
             allowed = math.inf if self.tolerance is None else self.tolerance
             codecs = tuple(each for each in map(named, self.codecs) if each.error <= allowed)
-        return Settings(codecs, self.value("recompute") == "any" or self.plan is not None, goal)
+        return Settings(codecs, self.value("recompute") == "any", goal)
 
     def __str__(self) -> str:
         """The preset, and what was set beside it."""

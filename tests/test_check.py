@@ -130,3 +130,24 @@ def test_options_that_are_not_allowed_are_refused():
         graphopt.check(Block(), torch.randn(8, WIDTH), preset="smalest")
     with pytest.raises(OptionsError, match="steps"):
         graphopt.check(Block(), torch.randn(8, WIDTH), steps=0)
+
+
+@pytest.mark.slow
+def test_a_parameter_is_measured_by_itself_not_by_all_of_them():
+    class Apart(nn.Module):
+        """A deep chain, whose gradients have many roundings, beside a layer whose gradients are far larger."""
+
+        def __init__(self):
+            super().__init__()
+            layers = (layer for _ in range(8) for layer in (nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.GELU()))
+            self.chain, self.beside = nn.Sequential(*layers), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.chain(x).square().mean() + 1e3 * self.beside(x).square().mean()
+
+    torch.manual_seed(0)
+    found = graphopt.check(Apart(), torch.randn(256, WIDTH), preset="exact", steps=1)
+    assert all(each.ok for each in found.gradients)
+    # three roundings of float32 are what any gradient may be off; the chain's own are more
+    floor = 3 * torch.finfo(torch.float32).eps
+    assert max(each.allowed for each in found.gradients if each.parameter.startswith("chain.0")) > 1.5 * floor

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.codecs import ROUNDINGS
 from graphopt.errors import PlanError
 from graphopt.lowering.codes import SCHEMES
-from graphopt.options import OWN, PRESETS, RECOMPUTE, Options, parse
+from graphopt.options import OWN, PRESETS, RECOMPUTE, ROUNDING, Options, parse
 from graphopt.passes import NAMES
 
 
@@ -127,7 +126,7 @@ def test_no_two_settings_go_by_one_name_in_the_caches(plan):
 
 def test_the_readme_names_every_option_preset_and_pass():
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    names = [*OWN, *PRESETS, *NAMES, *SCHEMES, *RECOMPUTE, *ROUNDINGS]
+    names = [*OWN, *PRESETS, *NAMES, *SCHEMES, *RECOMPUTE, *ROUNDING]
     assert not [name for name in names if f"`{name}`" not in text and f'`"{name}"`' not in text]
 
 

@@ -33,14 +33,14 @@ LIMIT, TINY, ROUNDS = constexpr(group_quant.LIMIT), constexpr(group_quant.TINY),
 
 def reference_encode(x: Tensor, bits: int, group: int, symmetric: bool, seed: Tensor | None = None) -> list[Tensor]:
     """Codes and what the groups keep; dithered by `seed`, to nearest without."""
-    return list(group_quant.encode(x, bits, group, symmetric, seed is not None and seed.reshape(())))
+    return list(group_quant.encode(x, bits, group, symmetric, None if seed is None else seed.reshape(())))
 
 
 def reference_decode(
     codes: Tensor, kept: Sequence[Tensor], seed: Tensor | None, bits: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """x_ of `shape` in `dtype`, row-major."""
-    return group_quant.decode(codes, kept, seed is not None and seed.reshape(()), bits, shape, dtype)
+    return group_quant.decode(codes, kept, None if seed is None else seed.reshape(()), bits, shape, dtype)
 
 
 def supports(dtype: torch.dtype, groups: int) -> bool:

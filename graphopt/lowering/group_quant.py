@@ -7,8 +7,11 @@ Symmetric, a group keeps its largest magnitude, and low is 0. To nearest in 4 an
 of largest magnitude, which so has code 0 whichever its sign is; zero is a level too, and no code is left over (Q4_0 of
 llama.cpp). Asymmetric, a group keeps its lowest value and the step. Dithered, decode makes the same u anew from a seed,
 so that the error is uniform in half a step each way, whatever x is: unbiased, at half the variance of stochastic
-rounding (subtractive dither: Schuchman 1964; Gray and Stockham 1993). Without a seed u is made from what the group
-keeps, the same in both.
+rounding (subtractive dither: Schuchman 1964; Gray and Stockham 1993).
+
+Hashed codes have levels and decode of those to nearest, and q = floor(y + u), u being made from the bits of the group's
+scale: stochastic rounding, unbiased too. Its variance is y (1 - y) for y in [0, 1], of a step: nothing for zero, and
+less than that of subtractive dither below a tenth.
 
 Written for what Inductor makes of it. Scales are rounded by their bits: it elides a cast to bfloat16 and back within a
 kernel, and encode would then use another scale than decode. Codes are packed, and noise is made, in floats: its C++ is
@@ -36,14 +39,16 @@ ROUNDS = (0x6A5D, 0x5BD1, 0x7A35, 0x4E6D)  # odd, of 15 bits: one of them times 
 GOLDEN_RATIO = 0.6180339887498949
 
 
-def encode(x: Tensor, bits: int, group: int, symmetric: bool, dither: Tensor | bool) -> tuple[Tensor, ...]:
+def encode(
+    x: Tensor, bits: int, group: int, symmetric: bool, seed: Tensor | None, hashed: bool = False
+) -> tuple[Tensor, ...]:
     """Codes, uint8 [groups, group * bits / 8], and what the group keeps, bfloat16 [groups, 1] once or twice.
 
-    Codes are the nearest, or dithered: from a seed (int64, no dims), or if `dither` is True from what the group keeps.
-    The last group is filled with zeros. A group with inf or NaN, or a range past LIMIT, keeps NaN.
+    Codes are the nearest without a seed, dithered with one (int64, no dims), or `hashed`, which is for 8 bits. The last
+    group is filled with zeros. A group with inf or NaN, or a range past LIMIT, keeps NaN.
     """
     planes = _planes(_groups(x, group), bits)
-    dithered = dither is not False
+    dithered = seed is not None
     signed = symmetric and not dithered and bits < 8
     if signed:
         low, high = _lowest(planes), _highest(planes)
@@ -60,28 +65,27 @@ def encode(x: Tensor, bits: int, group: int, symmetric: bool, dither: Tensor | b
     centre, step, offset = _levels(kept, bits, dithered)
     inverse = torch.where(step.abs() < torch.finfo(torch.float32).tiny, 0.0, 1 / step)
     codes = [(plane if offset is None else plane - offset) * inverse for plane in planes]
-    if not dithered:
-        codes = [(code + centre).round() for code in codes]
-    else:
-        turns = _turns(dither, kept, group, planes[0].shape[1])
+    if dithered or hashed:
+        turns = _turns(seed, kept, group, planes[0].shape[1])
         codes = [(code + turn + (centre + _unit(group) / 2)).floor() for code, turn in zip(codes, turns)]
-    if signed:  # what lies past the last level, opposite to code 0
+    else:
+        codes = [(code + centre).round() for code in codes]
+    if signed or hashed:  # what lies past the last level, opposite to code 0; or what rounding errors carry there
         codes = [code.clamp(max=2**bits - 1) for code in codes]
     return _pack(codes, bits), *kept
 
 
 def decode(
-    codes: Tensor, kept: Sequence[Tensor], dither: Tensor | bool, bits: int, shape: Sequence[int], dtype: torch.dtype
+    codes: Tensor, kept: Sequence[Tensor], seed: Tensor | None, bits: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """What `encode` made the codes of, up to its error, of `shape` in `dtype`."""
-    dithered = dither is not False
-    centre, step, offset = _levels(kept, bits, dithered)
+    centre, step, offset = _levels(kept, bits, dithered=seed is not None)
     group, whole = codes.shape[1] * 8 // bits, bits == 8 or not sliced(codes.device)
     planes = [_unpack_whole(codes, bits)] if whole else _unpack(codes, bits)
-    if not dithered:
+    if seed is None:
         planes = [code - centre for code in planes]
     else:
-        turns = _turns(dither, kept, group, group if whole else codes.shape[1])
+        turns = _turns(seed, kept, group, group if whole else codes.shape[1])
         planes = [code - turn + (0.5 - _unit(group) / 2 - centre) for code, turn in zip(planes, turns)]
     planes = [code * step for code in planes]
     if offset is not None:
@@ -203,14 +207,14 @@ def _unit(group: int) -> float:
     return 2.0 ** -(23 - math.ceil(math.log2(group)))
 
 
-def _turns(dither: Tensor | bool, kept: Sequence[Tensor], group: int, width: int) -> list[Tensor]:
+def _turns(seed: Tensor | None, kept: Sequence[Tensor], group: int, width: int) -> list[Tensor]:
     """u - unit / 2 in [0, 1) for the groups that keep `kept`, in slices of `width`.
 
     From a hash of the group on in steps of the golden ratio. Each value is uniform, which is all that an unbiased code
     takes; across groups they are independent, within one spread out evenly.
     """
     unit, count = _unit(group), kept[0].shape[0]
-    start = (_hash(_keys(dither, kept), count, kept[0].device) & int(1 / unit - 1)).float() * unit
+    start = (_hash(_keys(seed, kept), count, kept[0].device) & int(1 / unit - 1)).float() * unit
     # Inductor keeps what has strides of its own in memory; otherwise it hashes anew for every value, and splits kernels
     start = start.as_strided((count, 1), (1, 1))
     place = torch.arange(group, dtype=torch.float32, device=kept[0].device) * (round(GOLDEN_RATIO / unit) * unit)
@@ -218,10 +222,10 @@ def _turns(dither: Tensor | bool, kept: Sequence[Tensor], group: int, width: int
     return [each - each.floor() for each in sums]
 
 
-def _keys(dither: Tensor | bool, kept: Sequence[Tensor]) -> list[Tensor]:
-    """A key of 16 bits, int32, for each round of `_hash`: of a seed, or for each group of the bits of its scale."""
-    if isinstance(dither, Tensor):
-        return [((dither >> (16 * i)) & 0xFFFF).to(torch.int32) for i in range(len(ROUNDS))]
+def _keys(seed: Tensor | None, kept: Sequence[Tensor]) -> list[Tensor]:
+    """A key of 16 bits, int32, for each round of `_hash`: of a seed, or for each group the bits of its scale."""
+    if seed is not None:
+        return [((seed >> (16 * i)) & 0xFFFF).to(torch.int32) for i in range(len(ROUNDS))]
     return [(kept[-1].float().view(torch.int32) >> 16).view(-1) & 0xFFFF] * len(ROUNDS)
 
 

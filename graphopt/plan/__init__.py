@@ -6,6 +6,8 @@
     torch.compile(model, backend="lowmem", options={"plan": "plan.json"})
 
 candidates.py    what can be done with each value of a joint graph
+ranges.py        which values one scale cannot serve
+softmax.py       what softmaxes ask of codecs
 estimate.py      what that costs in time
 solve.py         the cheapest way to do it at a price of a byte: a minimum cut
 choose.py        the price at which a goal is met

@@ -3,8 +3,8 @@
 A codec changes a value a little. So what is decoded may only be read where a small change stays small:
     ROUGH      comparisons, rounding, indices: what they answer is saved, never recomputed
     SINGULAR   a denominator, the argument of a logarithm: such a value is saved as it is
-Nor can one scale serve values orders of magnitude apart: EXPONENTIAL, QUOTIENT and SPARSE are saved as they are.
-What a softmax is taken of crosses in 8 bits or more (plan/softmax.py).
+Nor can one scale serve values orders of magnitude apart (ranges.py). What a softmax is taken of crosses in 8 bits or
+more (softmax.py).
 Views go with what they show. Random numbers, collectives and operators nobody knows are not recomputed; what a
 checkpointed region reads is not encoded.
 """
@@ -27,7 +27,8 @@ from graphopt.codecs import MASK, Codec
 from graphopt.graph import ORIGIN, after_tangents, hint, in_checkpoint, nbytes, owners, storage, storage_bytes, tensor
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.plan.estimate import ATTENTION, Rates, is_heavy, packet, seconds, written_out
-from graphopt.plan.softmax import FINE, Owners, is_softmax, needs
+from graphopt.plan.ranges import reduces, statistics_of, wide
+from graphopt.plan.softmax import FINE, needs
 
 aten, prims = torch.ops.aten, torch.ops.prims
 SMALLEST, SMALLEST_MASK = 4096, 128  # bytes; below it a codec is not worth its kernel
@@ -53,13 +54,6 @@ RECOMPUTABLE_KERNELS = {
     aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, *ATTENTION,
 }  # fmt: skip
 CHEAP = {torch.ops.graphopt.unpack}  # of ours, beside those that torch lists
-EXPONENTIAL = {aten.exp, aten.exp2, aten.expm1, aten.sinh, aten.cosh, aten.tan}
-# and the place of what they divide by
-QUOTIENT = {aten.div: 1, aten.true_divide: 1, prims.div: 1, aten.reciprocal: 0, aten.rsqrt: 0}
-SPARSE = {aten.scatter, aten.index_put, aten.masked_scatter}  # mostly zeros, which one scale for a group would blur
-LINEAR = {aten.add, aten.sub, aten.mul, aten.neg, aten.where, aten.clone, prims.convert_element_type}
-# they read much and give little of it, but each value as it was
-INDEXING = {aten.embedding, aten.index, aten.gather, aten.slice, aten.select, aten.index_select}
 FUSED_SHARE = 0.05  # of the bytes of a recomputed value that a fused kernel still costs
 
 
@@ -116,9 +110,9 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
         if not in_checkpoint(node) and any(in_checkpoint(user) for user in node.users):
             region.add(owner[node])
     exact |= region
-    statistics = _statistics(forward)
-    wide = _wide(forward, owner, statistics)
+    statistics = statistics_of(forward)
     softmax = needs({node: owner[node] for node in forward}, statistics)
+    apart = wide(forward, owner, statistics) | {owner[each] for each in softmax.masked}
     fine, dithered = ({owner[each] for each in found} for found in (softmax.fine, softmax.dither))
     found = Graph()
     for node in _ancestors(required, owner):
@@ -127,7 +121,7 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
         lives_on = value is not None and storage(value) in users
         allowed = [codec for codec in codecs if codec.bits >= FINE or node not in fine]
         allowed = [codec.hashed() for codec in allowed] if node in dithered else allowed
-        why = _why_raw(node, value, node in exact, node in statistics, node in wide)
+        why = _why_raw(node, value, node in exact, node in statistics, node in apart)
         if not why and codecs and not allowed:
             why = f"a softmax is taken of it: it needs {FINE} bits or more"
         found.values[node] = Value(
@@ -203,7 +197,7 @@ def _recompute(node: fx.Node, op_types: Any, rate: Rates, kernels: bool, exact: 
     if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
         return math.inf
     if packet(node) not in CHEAP and (
-        is_heavy(node) or not op_types.is_recomputable(node) or _rough(node) or _reduces(node)
+        is_heavy(node) or not op_types.is_recomputable(node) or _rough(node) or reduces(node)
     ):
         return math.inf
     if any(not _smooth(node, each, op_types) for each in node.all_input_nodes):
@@ -220,51 +214,6 @@ def _drops(node: fx.Node) -> bool:
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = {argument.name: value for argument, value in zip(schema, node.args)} | dict(node.kwargs)
     return bool(given.get("dropout_p", 0.0) != 0.0)
-
-
-def _reduces(node: fx.Node) -> bool:
-    """Whether it gives less than a quarter of the values it reads: torch's measure of what is cheaper saved."""
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return _reads(node.args[0]) > 4 * _numel(node)
-    given = _numel(node) if tensor(node) is not None else max(map(_numel, node.users), default=0)  # var_mean
-    return _reads(node) > 4 * given > 0
-
-
-def _statistics(forward: Sequence[fx.Node]) -> set[fx.Node]:
-    """Nodes of which each value stands for many: a norm's rstd, an attention's logsumexp, their logarithms."""
-    found: set[fx.Node] = set()
-    for node in forward:
-        if is_heavy(node) or node.op != "call_function" or packet(node) in INDEXING:
-            continue
-        read = [each for each in node.all_input_nodes if each.op == "call_function" and tensor(each) is not None]
-        if _reduces(node) or (read and all(each in found for each in read)):
-            found.add(node)
-    return found
-
-
-def _wide(forward: Sequence[fx.Node], owner: Owners, statistics: set[fx.Node]) -> set[fx.Node]:
-    """Nodes whose values may lie orders of magnitude apart, of which one scale for a group keeps the largest only."""
-    found: set[fx.Node] = set()
-    for node in forward:
-        read = [each for each in node.all_input_nodes if each not in statistics]
-        if node in statistics or not read:
-            continue
-        if packet(node) in SPARSE or (packet(node) in EXPONENTIAL and not is_softmax(node, owner, statistics)):
-            found.add(node)
-        elif packet(node) in QUOTIENT and ORIGIN not in node.meta and node.args[QUOTIENT[packet(node)]] in read:
-            found.add(node)
-        elif packet(node) in LINEAR and any(each in found for each in read):
-            found.add(node)
-    return found
-
-
-def _reads(node: fx.Node) -> int:
-    return sum(_numel(each) for each in node.all_input_nodes)
-
-
-def _numel(node: fx.Node) -> int:
-    value = tensor(node)
-    return 0 if value is None else math.prod(hint(size) for size in value.shape)
 
 
 def _rough(node: fx.Node) -> bool:

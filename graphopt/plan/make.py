@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,8 +48,10 @@ class Planning:
         self, gm: fx.GraphModule, num_fwd_outputs: int, stock: int, settings: Settings, given: Plan | None = None
     ) -> None:
         self.gm, self.stock = gm, stock
-        self.problem = problem_of(gm, num_fwd_outputs, stock, settings)
-        if given is not None and given.graph == fingerprint(gm.graph):
+        follows = given is not None and given.graph == fingerprint(gm.graph)
+        # a plan may recompute what it was made to, whatever is allowed now
+        self.problem = problem_of(gm, num_fwd_outputs, stock, replace(settings, kernels=settings.kernels or follows))
+        if given is not None and follows:
             followed = self._described(self._followed(given), given.goal)
             self.plan = given if followed.bytes == given.bytes else followed  # its estimates may rest on measurements
         else:
