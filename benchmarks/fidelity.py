@@ -15,6 +15,7 @@ Pre-trained weights are kept in build/fidelity.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,12 +23,13 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from architectures import build
 from finetuning.tasks import TASKS, Task, Training, Weights
-from methods import STOCK, compiled
+from methods import KNOBS, STOCK, compiled, wrong
 from provenance import machine, origin, resumed, write
 from rich.console import Console
 from rich.progress import Progress
@@ -67,7 +69,11 @@ def main() -> None:
     tasks = {name: quick(TASKS[name]) if arguments.quick else TASKS[name] for name in arguments.tasks}
     # what was measured of a task that was another then is measured anew
     keys = {name: key(task) for name, task in tasks.items()}
-    results["rows"] = [row for row in results["rows"] if row["task"] not in keys or row.get("key") == keys[row["task"]]]
+    results["rows"] = [
+        row
+        for row in results["rows"]
+        if row["task"] in TASKS and (row["task"] not in keys or row.get("key") == keys[row["task"]])
+    ]
     done = {(row["task"], row["method"], row["seed"]) for row in results["rows"]}
     threads = max(1, torch.get_num_threads() // arguments.workers)
     cells = []
@@ -104,6 +110,12 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick and not arguments.out:
         parser.error("--quick measures nothing: it needs --out")
+    if arguments.workers < 1:
+        parser.error("argument --workers: at least one")
+    for method in arguments.methods or ():
+        why = wrong(method, (STOCK, "eager", *KNOBS))
+        if why:
+            parser.error(f"argument --methods: {method!r} is no method; {why}")
     return arguments
 
 
@@ -156,11 +168,11 @@ def measure(cell: Cell) -> Iterator[dict[str, Any]]:
             "method": cell.method,
             "seed": seed,
             "loss_before": round(before, 4),
-            "loss": round(loss, 6),
+            "loss": round(loss, 6) if math.isfinite(loss) else None,  # diverged
             "accuracy": round(accuracy, 5) if task.classifies else None,
             "saved_bytes": saved,
             "steps_per_loss": BIN,
-            "losses": [round(sum(each) / len(each), 4) for each in bins],
+            "losses": [round(mean, 4) if math.isfinite(mean) else None for mean in map(fmean, bins)],
         }
 
 
@@ -240,10 +252,9 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 def _line(row: dict[str, Any]) -> str:
     accuracy = "" if row["accuracy"] is None else f"   accuracy {row['accuracy']:6.1%}"
+    loss = "diverged" if row["loss"] is None else f"loss {row['loss']:.4f}"
     saved = row["saved_bytes"] / 1e6
-    return (
-        f"{row['task']:10s} {row['method']:21s} seed {row['seed']}   loss {row['loss']:.4f}{accuracy}   {saved:.2f} MB"
-    )
+    return f"{row['task']:10s} {row['method']:21s} seed {row['seed']}   {loss}{accuracy}   {saved:.2f} MB"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ lowmem:KEY=VALUE[,KEY=VALUE], lowmem:PRESET:KEY=VALUE             any option, su
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+
+from graphopt.errors import OptionsError
+from graphopt.options import parse
 
 STOCK, CHECKPOINT, BUDGET = "inductor", "checkpoint", "budget-"
 # its defaults are for models of gigabytes: tensors from 100 MB on, 5 bits of range
@@ -49,6 +52,19 @@ def compiled(method: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def options(method: str) -> dict[str, Any]:
     """What a method sets of torch.compile's options: that of its name behind the colon."""
     return dict(_options(method.split(":")[1:]))
+
+
+def wrong(method: str, known: Iterable[str]) -> str | None:
+    """What is wrong with the name of a method, None if nothing is; `known` are those of a script beside lowmem's."""
+    name = method.partition(":")[0]
+    if name in ("lowmem", "lowmem_eager"):
+        try:
+            parse(options(method))
+        except OptionsError as error:
+            return str(error)
+        return None
+    budget = name.startswith(BUDGET) and name.removeprefix(BUDGET).replace(".", "", 1).isdigit()
+    return None if budget or method in known else f"there is {', '.join(known)}"
 
 
 def warm_up(method: str, device: torch.device) -> None:

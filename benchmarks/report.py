@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from figures.kernel_tables import render_block_traffic, render_codecs, render_codes, render_cubins, render_traffic
 from figures.plots import THEMES, Draw, draw_fidelity, draw_pareto, is_of, write
-from figures.tables import Row, measured_on, render_answers, render_blocks, render_budgets
+from figures.tables import Row, measured_on, render_answers, render_blocks, render_budgets, render_glance
 from figures.training_tables import render_fidelity, render_fidelity_details, render_train, render_train_details
 
 ROOT = Path(__file__).parent.parent
@@ -63,11 +63,12 @@ class Plot(NamedTuple):
 
 
 PLACES = (
-    Place("README.md", "results", "blocks.json", render_blocks),
+    Place("README.md", "glance", "blocks.json", render_glance),
     Place("README.md", "train", "train.json", render_train, MODELS),
     Place("README.md", "fidelity", "fidelity.json", render_fidelity, MODELS),
     Place("docs/choosing.md", "fidelity details", "fidelity.json", render_fidelity_details, MODELS),
     Place("docs/choosing.md", "train details", "train.json", render_train_details, MODELS),
+    Place("docs/pareto.md", "blocks", "blocks.json", render_blocks),
     Place("docs/pareto.md", "budgets", "pareto.json", render_budgets),
     Place("docs/pareto.md", "answers", "pareto.json", render_answers),
     Place("docs/pareto.md", "precisions", "blocks-*.json", render_blocks),

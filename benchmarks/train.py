@@ -34,14 +34,12 @@ from measuring.baselines import LIGER, OFFLOAD, missing
 from measuring.comparison import compared
 from measuring.fit import OPTIMIZERS, VARIED, Fit, fitted
 from measuring.steps import PRECISIONS, Job, Run, Setting, length_of
-from methods import BUDGET, CHECKPOINT, KNOBS, STOCK, options, warm_up
+from methods import CHECKPOINT, KNOBS, STOCK, warm_up, wrong
 from provenance import machine, origin, resumed, write
 from rich.console import Console
 from rich.progress import Progress
 
 from graphopt.demo import quieten
-from graphopt.errors import OptionsError
-from graphopt.options import parse as parse_options
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = (
@@ -131,9 +129,9 @@ def parse() -> argparse.Namespace:
     if arguments.fit is not None and arguments.vary == "length" and "vit" in arguments.families:
         parser.error("argument --vary: an image has the length that its ViT says; leave vit out, or vary the batch")
     for method in arguments.methods or ():
-        wrong = _unknown(method)
-        if wrong:
-            parser.error(f"argument --methods: {method!r} is no method; {wrong}")
+        why = wrong(method, (*METHODS, *(each for each in KNOBS if each not in METHODS)))
+        if why:
+            parser.error(f"argument --methods: {method!r} is no method; {why}")
     return arguments
 
 
@@ -145,20 +143,6 @@ def measured(rows: Sequence[Row], setting: Row, steps: int | None) -> set[str]:
 
 def _sizes(families: Sequence[str]) -> str:
     return "; ".join(f"{family} has {', '.join(SIZES[family])}" for family in families)
-
-
-def _unknown(method: str) -> str | None:
-    """What is wrong with the name of a method, None if nothing is."""
-    name = method.partition(":")[0]
-    if name in ("lowmem", "lowmem_eager"):
-        try:
-            parse_options(options(method))
-        except OptionsError as error:
-            return str(error)
-        return None
-    budget = name.startswith(BUDGET) and name.removeprefix(BUDGET).replace(".", "", 1).isdigit()
-    known = (*METHODS, *(each for each in KNOBS if each not in METHODS))
-    return None if budget or method in known else f"there is {', '.join(known)}"
 
 
 def _available(arguments: argparse.Namespace, device: torch.device) -> Iterator[str]:

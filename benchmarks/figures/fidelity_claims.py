@@ -47,9 +47,14 @@ def within_two_errors(difference: float, stock: Estimate) -> bool:
 
 
 def changes(rows: Sequence[Row], figure: str = "loss") -> Iterator[Change]:
-    """Every method beside stock, and stock itself, on every task that has `figure`; in the order of the rows."""
+    """Every method beside stock, and stock itself, on every task that has `figure`; in the order of the rows.
+
+    The loss of a run that diverged is NaN.
+    """
     found: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
+        if row[figure] is None and figure == "loss":
+            row = {**row, figure: math.nan}
         if row[figure] is not None:
             found.setdefault((row["task"], row["method"]), {})[row["seed"]] = row[figure]
     for (task, method), own in found.items():

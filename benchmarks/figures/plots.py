@@ -5,6 +5,7 @@ The same figures make the same file: SVG keeps text as text, its ids come from a
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -127,31 +128,48 @@ def _methods(panel: Axes, rows: Sequence[Row], what: str, theme: Theme) -> None:
 
 
 def draw_fidelity(rows: Sequence[Row], theme: Theme) -> Figure:
-    """A panel for each task: training loss by step under every method, the mean over seeds."""
+    """Two panels for each task: training loss by step under every method, the mean over seeds; below, less stock's."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(PANELS, len(tasks))
     lines = -(-len(tasks) // columns)
-    figure = Figure(figsize=(2.1 * max(columns, 3), 1.9 * lines + 0.5), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for task, panel in zip(tasks, panels):
-        panel.set_title(task_name(task), fontsize=8)
-        for method, colour in LOSSES.items():
-            own = [row for row in rows if (row["task"], row["method"]) == (task, method)]
-            if own:
-                means = [sum(each) / len(each) for each in zip(*(row["losses"] for row in own))]
-                steps = [own[0]["steps_per_loss"] * (i + 0.5) for i in range(len(means))]
-                stock = method == STOCK
-                panel.plot(steps, means, label=method, color=getattr(theme, colour), linewidth=4 if stock else 1,
-                           alpha=0.5 if stock else 1)  # fmt: skip
-        _plain(panel)
-    for panel in panels[len(tasks) :]:
-        panel.set_visible(False)
-    for panel in panels[::columns]:
-        panel.set_ylabel("training loss")
-    for panel in panels[len(tasks) - columns : len(tasks)]:
-        panel.set_xlabel("step")
-    _legend(figure, panels[0])
+    figure = Figure(figsize=(2.1 * max(columns, 3), 3 * lines + 0.5), layout="constrained")
+    panels = figure.subplots(2 * lines, columns, squeeze=False)
+    for place in range(lines * columns):
+        above, below = panels[2 * (place // columns) : 2 * (place // columns) + 2, place % columns]
+        if place < len(tasks):
+            _losses(above, below, [row for row in rows if row["task"] == tasks[place]], theme)
+            above.set_title(task_name(tasks[place]), fontsize=8)
+            below.set_xlabel("step")
+        else:
+            above.set_visible(False)
+            below.set_visible(False)
+    for above, below in zip(panels[::2, 0], panels[1::2, 0]):
+        above.set_ylabel("training loss")
+        below.set_ylabel("less stock's")
+    _legend(figure, panels[0, 0])
     return figure
+
+
+def _losses(above: Axes, below: Axes, rows: Sequence[Row], theme: Theme) -> None:
+    stock = _means(rows, STOCK)
+    for method, colour in LOSSES.items():
+        means = _means(rows, method)
+        steps = [rows[0]["steps_per_loss"] * (i + 0.5) for i in range(len(means))]
+        style = {"color": getattr(theme, colour), "linewidth": 1.0}
+        if method == STOCK:  # below the others
+            style |= {"linewidth": 4.0, "alpha": 0.5}
+        if means:
+            above.plot(steps, means, label=method, **style)
+        if means and stock:
+            below.plot(steps, [own - base for own, base in zip(means, stock)], **style)
+    _plain(above)
+    _plain(below)
+
+
+def _means(rows: Sequence[Row], method: str) -> list[float]:
+    """Of each point of the curves of a method's seeds; NaN from where one diverged."""
+    curves = [[math.nan if loss is None else loss for loss in row["losses"]] for row in rows if row["method"] == method]
+    return [sum(each) / len(each) for each in zip(*curves)]
 
 
 def _plain(panel: Axes) -> None:

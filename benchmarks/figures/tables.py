@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from figures.claims import LOWMEM_BUDGET, NOISE, Answer, Row, against_budgets, against_fp8, broken_promises, budget
+from figures.fidelity_claims import STOCK
 
 NAMES = {
     "vit-full": "ViT, full",
@@ -54,6 +55,35 @@ def render_blocks(results: Row) -> str:
         f"Step time as a multiple of stock Inductor's (median of {results['timed_steps']} pairs) / gradient error "
         f"against float32:\n\n{_table(rows, _cost)}"
     )
+
+
+def render_glance(results: Row) -> str:
+    """One table, a row for each method SHOWN: the least and the most that it shows over all blocks."""
+    stock = {row["block"]: row for row in results["rows"] if row["method"] == STOCK}
+    lines = []
+    for method in SHOWN[1:]:
+        own = [row for row in results["rows"] if row["method"] == method]
+        calls = [row["first_call_seconds"] / stock[row["block"]]["first_call_seconds"] for row in own]
+        errors = [row["gradient_error"] for row in own if row["gradient_error"] is not None]
+        spans = (
+            _span([row["saved_of_stock"] for row in own], ".0%"),
+            _span([row["step_ratio"] for row in own], ".2f"),
+            _span(errors, ".3f"),
+            _span(calls, ".1f"),
+        )
+        lines.append([f"`{method}`", *spans])
+    blocks = f"{len(stock)} transformer blocks"
+    return (
+        f"{blocks}, {results['dtype']}, torch {results['torch']}, {results['device'].upper()}: saved bytes, step time "
+        "and seconds of the first call, which compiles, by stock Inductor's, and gradient error against float32; the "
+        "least and the most of the blocks.\n\n"
+        + markdown(["method", "saved bytes", "step time", "gradient error", "first call"], lines)
+    )
+
+
+def _span(values: list[float], form: str) -> str:
+    least, most = (format(each, form) for each in (min(values), max(values)))
+    return least if least == most else f"{least} – {most}"
 
 
 def _setting(results: Row) -> str:
