@@ -252,3 +252,11 @@ def test_a_long_chain_of_scales_before_an_exponential_is_walked_once():
             return x.softmax(-1)
 
     assert graphopt.explain(Scaled(), batch()).bytes_before
+
+
+def test_the_exponential_in_a_slope_that_is_coded_is_no_softmax():
+    frozen = [nn.Linear(WIDTH, 4 * WIDTH).requires_grad_(False), nn.Linear(4 * WIDTH, WIDTH).requires_grad_(False)]
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), frozen[0], nn.GELU(), frozen[1])
+    plan = graphopt.explain(model, batch(), options=SMALLEST).plan
+    assert {choice.decision for choice in plan.choices} >= {"int4-unbiased"}
+    assert "int8-unbiased" not in {choice.decision for choice in plan.choices}

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.errors import OptionsError
 from graphopt.graph import (
+    ORIGIN,
     after_tangents,
     fake_mode,
     hint,
@@ -40,7 +41,7 @@ from graphopt.lowering import ops  # noqa: F401  (registers the operators named 
 from graphopt.lowering.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE
 from graphopt.lowering.code_tables import CODES
 from graphopt.lowering.codes import BITS, SCHEMES, Code, encode, slope
-from graphopt.lowering.decompose import inductor_table
+from graphopt.lowering.decompose import CANONICAL, inductor_table
 from graphopt.lowering.formulas import WORD, WORDS, compute_dtype
 from graphopt.lowering.random import fuse_seeds, uniform
 from graphopt.partition import CUT, Cut
@@ -196,8 +197,10 @@ def _rewrite(graph: fx.Graph, found: Slope, scheme: str) -> None:
             return dx
         return dx.permute(memory_order(exact)).contiguous().permute(inverse(memory_order(exact)))
 
-    words = splice(graph, place_behind(found.read), forward, (found.read,), like=_forward_node(found),
-                   decompositions=table)  # fmt: skip
+    like = _forward_node(found)
+    if like.target in CANONICAL:
+        like.meta[ORIGIN] = like.name  # a slope's exponential is part of an activation, like its own
+    words = splice(graph, place_behind(found.read), forward, (found.read,), like=like, decompositions=table)
     words.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # drawn once, whatever may be recomputed
     dx = splice(graph, found.node, gradient, (found.node.args[0], words), like=found.node, decompositions=table)
     found.node.replace_all_uses_with(dx)
