@@ -217,3 +217,10 @@ def test_recomputed_attention_without_dropout_only():
         return any("attention" in each.operator and each.decision == "recompute" for each in plan.choices)
 
     assert recomputed(0.0) and not recomputed(0.1)
+
+
+def test_a_plan_for_another_graph_allows_nothing_that_the_preset_does_not():
+    other = explain("llama").plan
+    with pytest.warns(UserWarning, match="another graph"):
+        found = explain("vit", plan=other, time_slack=10)
+    assert found.plan.bytes == explain("vit", time_slack=10).plan.bytes
