@@ -158,7 +158,7 @@ def _moments(below: Callable[[float], float]) -> tuple[float, float]:
 CODECS = {
     each.name: each
     for each in (
-        *(codec(name, rounding=each) for name in ("int8", "int4", "int2") for each in ("nearest", "stochastic")),
+        *(codec(name, rounding=how) for name in ("int8", "int4", "int2") for how in ("nearest", "stochastic")),
         codec("int8", rounding="hashed"),
         codec("fp8"),
     )

@@ -1,7 +1,7 @@
 """Which values one scale for a group cannot serve: statistics, and those that lie orders of magnitude apart.
 
 statistics of many values     a norm's rstd, an attention's logsumexp: all else depends on them
-EXPONENTIAL, QUOTIENT         whatever their argument has of range, they have to another power
+STEEP, QUOTIENT               whatever their argument has of range, they have to another power
 SPARSE                        mostly zeros
 HUGE constants                a mask's, or a factor of one's, and what is added to those
 """
@@ -17,10 +17,10 @@ from torch import fx
 
 from graphopt.graph import ORIGIN, hint, tensor
 from graphopt.plan.estimate import is_heavy, packet
-from graphopt.plan.softmax import LINEAR, Owners, is_softmax
+from graphopt.plan.softmax import EXPONENTIALS, LINEAR, Owners, is_softmax
 
 aten, prims = torch.ops.aten, torch.ops.prims
-EXPONENTIAL = {aten.exp, aten.exp2, aten.expm1, aten.sinh, aten.cosh, aten.tan}
+STEEP = {*EXPONENTIALS, aten.expm1, aten.sinh, aten.cosh, aten.tan}
 # and the place of what they divide by
 QUOTIENT = {aten.div: 1, aten.true_divide: 1, prims.div: 1, aten.reciprocal: 0, aten.rsqrt: 0}
 SPARSE = {aten.scatter, aten.index_put, aten.masked_scatter}  # mostly zeros, which one scale for a group would blur
@@ -50,7 +50,7 @@ def wide(forward: Sequence[fx.Node], owner: Owners, statistics: set[fx.Node]) ->
             found.add(node)
         elif node in statistics or not read:
             continue
-        elif packet(node) in SPARSE or (packet(node) in EXPONENTIAL and not is_softmax(node, owner, statistics)):
+        elif packet(node) in SPARSE or (packet(node) in STEEP and not is_softmax(node, owner, statistics)):
             found.add(node)
         elif packet(node) in QUOTIENT and ORIGIN not in node.meta and node.args[QUOTIENT[packet(node)]] in read:
             found.add(node)
