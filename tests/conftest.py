@@ -12,6 +12,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="every operator and 2,000 random networks, not a spread of them")
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     """Every test compiles anew, from the same seed, and a backend failure that Dynamo would hide is an error."""
