@@ -128,7 +128,7 @@ class _Measuring(CustomPartitionerFn):
         """The plan that follows from what is measured."""
         assert self.planning is not None
         settings = replace(self.options.settings(self.planning.stock), sensitivity=self.measured or None)
-        return Planning(self.planning.gm, self.outputs, self.planning.stock, settings).plan
+        return Planning(self.planning.gm, self.outputs, self.planning.stock, settings, states=self.planning.states).plan
 
     def _as_it_stands(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **_: Any

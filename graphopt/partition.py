@@ -9,6 +9,7 @@ A checkpointed region keeps the user's own tags.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch._functorch.config as functorch_config
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._prims.rng_prims import run_and_save_rng_state
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.graph import ORIGIN, after_tangents, copy, in_backward, storage, storage_bytes, tensor
@@ -193,6 +195,13 @@ class Cut:
 
 def crossing_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
     return storage_bytes(node.meta["val"] for node in crossing(forward, num_fwd_outputs))
+
+
+def random_state_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
+    """Bytes of the states of random numbers that the cut itself saves, for what checkpointed regions draw anew."""
+    makers = {node: node.args[0] for node in crossing(forward, num_fwd_outputs) if node.target is operator.getitem}
+    states = [node for node, maker in makers.items() if getattr(maker, "target", None) is run_and_save_rng_state]
+    return storage_bytes(node.meta["val"] for node in states)
 
 
 def crossing(forward: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:

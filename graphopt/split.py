@@ -34,6 +34,7 @@ from graphopt.partition import (
     mark,
     merge_equal,
     prefer,
+    random_state_bytes,
 )
 from graphopt.pipeline import Pass, PassRecord, bind, blamed, run, take_back
 from graphopt.plan.make import Planning
@@ -111,7 +112,7 @@ def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, 
         return Split(*best.halves, records)
     graph = merge_equal(copy(best.decomposed))
     with blamed("plan", graph):
-        planning = Planning(graph, outputs, stock, settings, options.plan)
+        planning = Planning(graph, outputs, stock, settings, options.plan, random_state_bytes(best.halves[0], outputs))
     bound = [bind(each, decisions=planning.decisions, num_fwd_outputs=outputs) for each in passes.PLANNED]
     gm, more = run(copy(planning.gm), joint_inputs, bound)
     halves = cut_as_tagged(gm, joint_inputs, **kwargs)

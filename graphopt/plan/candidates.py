@@ -85,9 +85,13 @@ class Value:
 
 @dataclass
 class Graph:
-    """The values of a joint graph by their nodes, in its order; those that backward reads are `required`."""
+    """The values of a joint graph by their nodes, in its order; those that backward reads are `required`.
+
+    `states` are the bytes that are saved whatever is planned: the states of random numbers of checkpointed regions.
+    """
 
     values: dict[fx.Node, Value] = field(default_factory=dict)
+    states: int = 0
 
 
 def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], rate: Rates, *, kernels: bool) -> Graph:

@@ -42,15 +42,25 @@ class Settings:
 
 
 class Planning:
-    """A joint graph, decomposed, and the plan made for it; `given` is followed where it is for this graph."""
+    """A joint graph, decomposed, and the plan made for it; `given` is followed where it is for this graph.
+
+    `states` are bytes that are saved in any case, see `Graph`.
+    """
 
     def __init__(
-        self, gm: fx.GraphModule, num_fwd_outputs: int, stock: int, settings: Settings, given: Plan | None = None
+        self,
+        gm: fx.GraphModule,
+        num_fwd_outputs: int,
+        stock: int,
+        settings: Settings,
+        given: Plan | None = None,
+        states: int = 0,
     ) -> None:
-        self.gm, self.stock = gm, stock
+        self.gm, self.stock, self.states = gm, stock, states
         follows = given is not None and given.graph == fingerprint(gm.graph)
         # a plan may recompute what it was made to, whatever is allowed now
         self.problem = problem_of(gm, num_fwd_outputs, stock, replace(settings, kernels=settings.kernels or follows))
+        self.problem.graph.states = states
         if given is not None and follows:
             followed = self._described(self._followed(given), given.goal)
             self.plan = given if followed.bytes == given.bytes else followed  # its estimates may rest on measurements

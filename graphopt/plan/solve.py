@@ -116,7 +116,7 @@ class Problem:
         time += sum(self.codec_seconds(values[node], codec) for node, codec in saved.items())
         error = sum(self.squared_error(values[node], codec) for node, codec in saved.items())
         size = sum(saved_bytes(values[node], codec) for node, codec in saved.items())
-        size += sum(values[node].bytes for node in held)
+        size += sum(values[node].bytes for node in held) + self.graph.states
         return Solution(saved, recomputed, held, size, time, math.sqrt(error))
 
     def squared_error(self, value: Value, codec: Codec | None) -> float:

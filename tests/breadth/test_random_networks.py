@@ -1,0 +1,33 @@
+"""Random small networks under every preset: forward as eager, gradients as eager within rounding or a codec's error.
+
+hypothesis makes them (networks.py) and shrinks what fails; what it found before stands in test_found_networks.py.
+"""
+
+import warnings
+
+from hypothesis import HealthCheck, given, seed, settings, strategies
+from networks import networks
+from properties import PRESETS, violations
+
+COUNT, LONG_COUNT = 50, 2000
+
+
+def test_random_networks_keep_the_invariants(request):
+    """`--long` takes 2,000 of them, and GRAPHOPT_SEED others."""
+    long = request.config.getoption("--long")
+
+    @settings(
+        max_examples=LONG_COUNT if long else COUNT,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @seed(0)
+    @given(networks(), strategies.sampled_from(list(PRESETS)))
+    def holds(network, preset):
+        assert not violations(network, preset)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        holds()
