@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from inspect import signature
 from typing import Any
 
 import torch
@@ -12,17 +11,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 
+from graphopt.compat import ISOLATED
 from graphopt.errors import CaptureError
-
-# what is compiled to be tried out does not count towards the limit of recompiles of the same code; torch >= 2.13
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
-)
 
 
 def compiled(model: Callable[..., Any], backend: str | Callable[..., Any], options: Any = None) -> Callable[..., Any]:
     """torch.compile into one graph of static shapes; the call raises CaptureError where the model forms several."""
-    function = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False, **_ISOLATED)
+    function = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False, **ISOLATED)
 
     def call(*inputs: Any, **kwargs: Any) -> Any:
         try:

@@ -33,6 +33,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from graphopt import passes
+from graphopt.compat import IGNORED_LOGGING
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.graph import ENCODED, copy, fake_mode, hint, module_of, source_of, storage, storage_bytes, tensor
 from graphopt.lowering.decompose import decompose, inductor_table, tracing_table
@@ -143,9 +144,6 @@ def apply(
     return run(gm, example_inputs, tuple(passes))[0]
 
 
-_IGNORED = "ignore_logging_functions" if hasattr(dynamo_config, "ignore_logging_functions") else "ignore_logger_methods"
-
-
 class _Stop(ShortenTraceback):
     """Leaves Dynamo or AOTAutograd once the graph is there."""
 
@@ -166,7 +164,7 @@ def forward_graph(
     # each call: transformers gives Logger more methods when it is imported
     messages = {each for each in vars(logging.Logger).values() if callable(each)}
     try:
-        with torch.enable_grad(), dynamo_config.patch({_IGNORED: messages}):
+        with torch.enable_grad(), dynamo_config.patch({IGNORED_LOGGING: messages}):
             torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **kwargs)
     except _Stop as stop:
         return stop.found

@@ -13,7 +13,9 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="every operator and 2,000 random networks, not a spread of them")
+    parser.addoption(
+        "--long", action="store_true", help="every operator and 2,000 random networks, not a spread of them"
+    )
 
 
 @pytest.fixture(autouse=True)

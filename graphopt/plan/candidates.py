@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._inductor.inductor_prims
 from torch import fx
 from torch._functorch.partitioners import get_default_op_list
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.codecs import MASK, Codec
+from graphopt.compat import FMA
 from graphopt.graph import ORIGIN, after_tangents, hint, in_checkpoint, nbytes, owners, storage, storage_bytes, tensor
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.plan.estimate import ATTENTION, Rates, is_heavy, packet, seconds, written_out
@@ -44,7 +44,6 @@ SINGULAR = {
     aten.erfinv: 0, aten.logit: 0, aten.xlogy: 1, aten.lgamma: 0, aten.digamma: 0, aten.pow: 0,
 }  # fmt: skip
 # operators of backward that torch does not list as pointwise, and that are smooth in what they read
-FMA = {prims.fma} if hasattr(prims, "fma") else set()  # Inductor's own, in a softmax's backward
 SMOOTH = {
     *FMA,
     aten._softmax_backward_data, aten._log_softmax_backward_data, aten.native_layer_norm_backward,
