@@ -75,6 +75,7 @@ def lowmem_eager(
         fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
         partition_fn=Partitioner(own),
         decompositions=tracing_table(),
+        keep_inference_input_mutations=True,  # as under Inductor, buffers are written in the graph
     )
     return compiler(gm, example_inputs)
 

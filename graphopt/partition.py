@@ -23,7 +23,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.graph import ORIGIN, after_tangents, copy, in_backward, storage, storage_bytes, tensor
 
-EQUALITY = (torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor)
+aten = torch.ops.aten
+EQUALITY = (aten.eq.Tensor, aten.ne.Tensor)
 # marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
 PREFERRED = "graphopt_preferred"  # a rewrite's mark of what it would rather see saved
 SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
@@ -116,6 +117,40 @@ def keep(graph: fx.Graph) -> None:
         if node.target in EQUALITY and node in backward and node not in after:
             for compared in _forward_values(node, backward):
                 compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+
+def keep_overwritten(gm: fx.GraphModule) -> fx.GraphModule:
+    """Let backward read a copy of what forward writes over, such as a buffer that it also computes with; in place.
+
+    torch's cut takes a graph's inputs to be there in backward as they were, which these are not.
+    """
+    graph, after = gm.graph, after_tangents(gm.graph)
+    writes = [node for node in graph.find_nodes(op="call_function", target=aten.copy_.default) if node not in after]
+    for given in {node.args[0]: None for node in writes if node.args[0].op == "placeholder"}:
+        readers = [user for user in given.users if user not in writes]
+        if not _reach(readers, after, graph.output_node()):
+            continue
+        with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
+            kept = graph.call_function(aten.clone.default, (given,))
+        kept.meta |= {"val": given.meta["val"].clone(), "partitioner_tag": "is_forward"}
+        kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        for reader in readers:
+            reader.replace_input_with(given, kept)
+    gm.recompile()
+    return gm
+
+
+def _reach(nodes: Sequence[fx.Node], after: Container[fx.Node], output: fx.Node) -> bool:
+    """Whether backward reads one of the nodes, or what is computed from one."""
+    queue, seen = list(nodes), set(nodes)
+    while queue:
+        node = queue.pop()
+        if node in after:
+            return True
+        more = [user for user in node.users if user not in seen and user is not output]
+        seen.update(more)
+        queue.extend(more)
+    return False
 
 
 def merge_equal(gm: fx.GraphModule) -> fx.GraphModule:

@@ -31,6 +31,7 @@ from graphopt.partition import (
     cut,
     cut_as_tagged,
     has_preferred,
+    keep_overwritten,
     mark,
     merge_equal,
     prefer,
@@ -87,6 +88,7 @@ def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, 
         take_back(more, "it saves no bytes: something else needs the tensor as it is")
         return best
 
+    gm = keep_overwritten(gm)
     plain = attempt(copy(gm), heuristics, rewritten=False)
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
     attempts = [attempt(gm, heuristics), plain]

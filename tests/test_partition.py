@@ -213,3 +213,23 @@ def test_no_parameter_is_copied_into_the_saved_set(halves):
     model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), MLP("silu")).to(torch.bfloat16)
     step(model, (torch.randn(48, 32, dtype=torch.bfloat16),))
     assert all(node.meta["val"].shape[0] == 48 for node in crossing(halves[0][0], 1))
+
+
+@pytest.mark.parametrize("backend", ["lowmem_eager", pytest.param("lowmem", marks=pytest.mark.slow)])
+def test_backward_reads_a_buffer_as_forward_did_when_it_is_written_over(backend):
+    """Stock Inductor 2.13 computes the new value from the buffer once more, after it was overwritten."""
+
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+            self.register_buffer("scale", torch.full((16,), 2.0))
+
+        def forward(self, x):
+            self.scale.mul_(0.5).add_(0.25)
+            return self.linear(x).sin() * self.scale
+
+    model, x = Halved(), torch.randn(4, 16)
+    _, expected, _ = step(model, (x,), backend=None)
+    _, found, _ = step(model, (x,), backend=backend)
+    assert distance(found, expected) < 1e-6  # a few roundings of 2^-24

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_blocks import BLOCKS, batch, build
 from torch import fx, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from training import step
 
 import graphopt
@@ -224,3 +226,19 @@ def test_a_plan_for_another_graph_allows_nothing_that_the_preset_does_not():
     with pytest.warns(UserWarning, match="another graph"):
         found = explain("vit", plan=other, time_slack=10)
     assert found.plan.bytes == explain("vit", time_slack=10).plan.bytes
+
+
+def test_a_plan_counts_the_random_states_that_checkpointed_regions_save():
+    class Attended(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            attend = lambda h: F.scaled_dot_product_attention(h, h, h)  # noqa: E731  (may draw random numbers)
+            h = checkpoint(attend, self.first(x).view(1, 4, 64, 64), use_reentrant=False)
+            return self.last(self.last(h).sin()).sin()
+
+    capture = graphopt.capture(Attended(), torch.randn(256, 64))
+    saved, _, planning = capture.lowmem(graphopt.Options(memory_budget=0.5))
+    assert sum(each.bytes for each in saved) == planning.plan.bytes <= 0.5 * sum(each.bytes for each in capture.saved)

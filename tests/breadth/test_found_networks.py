@@ -1,0 +1,17 @@
+"""What random networks have found, each with the reason why it failed."""
+
+import pytest
+from networks import Network, Step
+from properties import violations
+
+FOUND = {
+    # a buffer was written over before backward computed with it anew
+    "a buffer that is written and read, recomputed": (
+        Network((Step("detach"), Step("buffer"), Step("attention")), tokens=1, width=8, trained=True), "exact budget",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(name):
+    assert not violations(*FOUND[name])
