@@ -52,7 +52,8 @@ SMOOTH = {
 RECOMPUTABLE_KERNELS = {
     aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, *ATTENTION,
 }  # fmt: skip
-CHEAP = {torch.ops.graphopt.unpack}  # of ours, beside those that torch lists
+# beside those that torch lists: ours, and what Inductor folds tensors without contents into, on the meta device
+CHEAP = {torch.ops.graphopt.unpack, aten.empty_strided}
 FUSED_SHARE = 0.05  # of the bytes of a recomputed value that a fused kernel still costs
 
 
