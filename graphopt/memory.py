@@ -1,36 +1,49 @@
 """The two measures of training memory: bytes saved for backward, and the peak of a step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def saved_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps between forward and backward, whole storages, aliases counted once.
 
     `forward` runs once and returns what holds the graph, such as the loss; backward is not run.
-    `own` names what would be in memory anyway and is left out: parameters, buffers, inputs.
+    `own` names what would be in memory anyway and is left out: parameters, buffers, inputs. What is freed by the end of
+    forward, as FSDP frees whole parameters, does not count; of a DTensor what this process has of it does.
     What an autograd.Function puts on its `ctx` without `save_for_backward` is not seen.
     """
-    owned = {tensor.untyped_storage().data_ptr() for tensor in own}
-    saved: dict[int, tuple[StorageWeakRef, int]] = {}
+    owned = {part.untyped_storage().data_ptr() for tensor in own for part in _parts(tensor)}
+    saved: dict[int, StorageWeakRef] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            saved[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in owned:
+                saved[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
     # what a branch saved that nothing reads is gone by now, and does not count
-    alive = [size for storage, size in saved.values() if not storage.expired()]  # type: ignore[no-untyped-call]
+    alive = [torch.UntypedStorage._new_with_weak_ptr(storage.cdata) for storage in saved.values()]
     del output
-    return sum(alive)
+    return sum(storage.nbytes() for storage in alive if storage is not None)
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that one is made of: itself, or those inside a DTensor, say."""
+    if is_traceable_wrapper_subclass(tensor):
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        for part in parts:  # a DTensor's mesh is among them
+            yield from _parts(part) if isinstance(part, Tensor) else ()
+    else:
+        yield tensor
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device | str) -> int:

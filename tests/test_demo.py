@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 
 import graphopt
 from graphopt.memory import peak_bytes, saved_bytes
@@ -53,6 +54,25 @@ def test_saved_bytes_leaves_out_what_dies_before_backward():
         return (x * 3).cos()
 
     assert saved_bytes(forward, [x]) == 100 * FLOAT
+
+
+def test_saved_bytes_leaves_out_what_is_freed_by_the_end_of_forward():
+    """As FSDP frees whole weights: autograd still names them, and they are gathered again in backward."""
+    x, w = torch.randn(100, requires_grad=True), torch.randn(100)
+
+    def forward():
+        whole = w.clone()
+        loss = (x * whole).sin().sum()  # the product keeps `whole`, the sine what it is taken of
+        whole.untyped_storage().resize_(0)
+        return loss
+
+    assert saved_bytes(forward, [x]) == 100 * FLOAT
+
+
+def test_saved_bytes_of_a_tensor_of_tensors_are_those_inside():
+    x = TwoTensor(torch.randn(100), torch.randn(100)).requires_grad_()
+    assert saved_bytes(lambda: (x * 2).sin().sum(), [x]) == 2 * 100 * FLOAT
+    assert saved_bytes(lambda: x.sin().sum(), [x]) == 0
 
 
 def test_saved_bytes_of_a_linear_leaves_out_parameters():
