@@ -25,12 +25,14 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt import passes
+from graphopt.loud import loud
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
 from graphopt.pipeline import run
 from graphopt.split import split
 
 
+@loud
 def lowmem(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -61,6 +63,7 @@ def _reset() -> None:
 lowmem.reset = _reset  # type: ignore[attr-defined]  # what torch._dynamo.reset() calls
 
 
+@loud
 def lowmem_eager(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

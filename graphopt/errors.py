@@ -8,7 +8,8 @@ from torch._dynamo.exc import ShortenTraceback
 class GraphoptError(ShortenTraceback):
     """Base of graphopt's errors.
 
-    Dynamo re-raises this family as it is: not wrapped in BackendCompilerFailed, never turned into a graph break.
+    Dynamo re-raises this family as it is: not wrapped in BackendCompilerFailed, never turned into a graph break. Under
+    its `suppress_errors` it hides them as any other error, and the backend warns that it is off.
     """
 
     def __init__(self, message: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
@@ -21,7 +22,8 @@ def compiled(model: Callable[..., Any], backend: str | Callable[..., Any], optio
 
     def call(*inputs: Any, **kwargs: Any) -> Any:
         try:
-            return function(*inputs, **kwargs)
+            with dynamo_config.patch(suppress_errors=False):
+                return function(*inputs, **kwargs)
         except Unsupported as error:
             raise CaptureError(f"the model does not form one graph: {error}") from None
 

@@ -144,6 +144,10 @@ def apply(
     return run(gm, example_inputs, tuple(passes))[0]
 
 
+# under suppress_errors Dynamo does not come back to code on which a backend failed once
+_SKIPPED = "If an earlier error was hidden by suppress_errors, torch._dynamo.reset() lets Dynamo try again."
+
+
 class _Stop(ShortenTraceback):
     """Leaves Dynamo or AOTAutograd once the graph is there."""
 
@@ -164,12 +168,16 @@ def forward_graph(
     # each call: transformers gives Logger more methods when it is imported
     messages = {each for each in vars(logging.Logger).values() if callable(each)}
     try:
-        with torch.enable_grad(), dynamo_config.patch({IGNORED_LOGGING: messages}):
+        with torch.enable_grad(), dynamo_config.patch({IGNORED_LOGGING: messages, "suppress_errors": False}):
             torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **kwargs)
     except _Stop as stop:
         return stop.found
     except Unsupported as error:
         raise CaptureError(f"the model does not form one graph: {error}") from None
+    except RuntimeError as error:
+        if "found no compiled frames" not in str(error):
+            raise
+        raise CaptureError(f"{error}\n{_SKIPPED}") from None
     raise CaptureError("the model does no work on tensors that torch.compile could trace")
 
 

@@ -1,0 +1,56 @@
+"""loud(): a backend that is not off in silence.
+
+Under `torch._dynamo.config.suppress_errors` Dynamo logs a backend's error and runs the model in eager mode. And what
+compiles a module in place, `model.compile()`, is passed by where something other than the module itself is called:
+its `forward`, a copy of it, another of its methods. Then the backend is never called at all.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch._dynamo.config as dynamo_config
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+Given = ParamSpec("Given")
+Compiled = TypeVar("Compiled")
+
+_called: set[str] = set()
+
+
+def loud(backend: Callable[Given, Compiled]) -> Callable[Given, Compiled]:
+    """The backend, which warns where Dynamo hides its error; it is counted as called, see `_never_called`."""
+
+    @functools.wraps(backend)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Compiled:
+        _called.add(backend.__name__)
+        try:
+            return backend(*args, **kwargs)
+        except (RestartAnalysis, SkipFrame):  # no errors: Dynamo traces the frame again, or leaves it out
+            raise
+        except Exception as error:
+            if dynamo_config.suppress_errors:
+                warnings.warn(
+                    f"{backend.__name__} is off: torch._dynamo.config.suppress_errors hides its error, and Dynamo runs "
+                    f"this code in eager mode. {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
+            raise
+
+    return call
+
+
+@atexit.register
+def _never_called() -> None:
+    # the module that imports this one is imported where a backend is looked up by its name, and for nothing else
+    if not _called:
+        warnings.warn(
+            "lowmem was asked for and compiled nothing: no model that it was to compile was called. After "
+            "model.compile(), model.forward(), other methods, copies of the model, and bare containers such as "
+            "nn.Sequential run in eager mode.",
+            stacklevel=1,
+        )
