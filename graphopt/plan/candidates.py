@@ -139,7 +139,7 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
             raw=why,
             decoded_to_memory=written_out(node),
             required=node in required,
-            needs_fine=node in softmax.behind_products,
+            needs_fine=node in softmax.behind_products and not in_checkpoint(node),  # regions read what is exact
         )
     return found
 

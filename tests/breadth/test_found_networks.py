@@ -9,6 +9,10 @@ FOUND = {
     "a buffer that is written and read, recomputed": (
         Network((Step("detach"), Step("buffer"), Step("attention")), tokens=1, width=8, trained=True), "exact budget",
     ),
+    # what lies between a softmax and a product was neither saved nor recomputed: "infinite capacity path"
+    "a checkpointed attention under a budget": (
+        Network((Step("checkpoint", again=True),), autocast=True), "budget",
+    ),
 }  # fmt: skip
 
 

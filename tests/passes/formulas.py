@@ -25,7 +25,7 @@ class Formula(nn.Module):
         self.parts = nn.ParameterList(nn.Parameter(torch.ones(D)) for _ in range(parameters))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.formula(x, *self.parts)
+        return self.formula(x, *list(self.parts))  # without the list Dynamo of torch 2.11 gives up
 
 
 def mean(x: Tensor) -> Tensor:
