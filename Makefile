@@ -57,9 +57,9 @@ report: $(VENV)/.installed-dev ## write the figures of benchmarks/results into t
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# torch in the same command as the rest and always under a pin: another one would be gigabytes. Of another version the
-# triton and setuptools are others too
+# torch in the same command as the rest and always under a pin: another one would be gigabytes. Another version has a
+# triton and setuptools of its own, and the interpreter of triton 3.6 fails under numpy 2.4
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	sed -e '' $(if $(TORCH),-e '/^\(triton\|setuptools\)==/d' -e 's/^torch==.*/torch==$(TORCH)/') constraints.txt > $(VENV)/constraints.txt
+	sed -e '' $(if $(TORCH),-e '/^\(triton\|setuptools\)==/d' -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^numpy==.*/numpy<2.4/') constraints.txt > $(VENV)/constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[$*]'
 	@touch $@
