@@ -21,7 +21,7 @@ from graphopt.errors import PlanError
 from graphopt.plan import Plan
 from graphopt.plan.candidates import Graph, Value
 from graphopt.plan.choose import ERROR_WEIGHT
-from graphopt.plan.estimate import RATES
+from graphopt.plan.estimate import FLOPS, RATES
 from graphopt.plan.solve import Problem
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1, 0.06)
@@ -242,3 +242,32 @@ def test_a_plan_counts_the_random_states_that_checkpointed_regions_save():
     capture = graphopt.capture(Attended(), torch.randn(256, 64))
     saved, _, planning = capture.lowmem(graphopt.Options(memory_budget=0.5))
     assert sum(each.bytes for each in saved) == planning.plan.bytes <= 0.5 * sum(each.bytes for each in capture.saved)
+
+
+class Experts(nn.Module):
+    """Tokens sorted by their expert, and a product for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(4, *size) / 8) for size in ((64, 128), (128, 64)))
+
+    def forward(self, x, offsets):
+        h = nn.functional.grouped_mm(x, self.up, offs=offsets)
+        return nn.functional.grouped_mm(nn.functional.silu(h), self.down, offs=offsets)
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_what_experts_products_read_is_encoded():
+    torch.manual_seed(0)
+    model, x = Experts().to(torch.bfloat16), torch.randn(256, 64, dtype=torch.bfloat16)
+    report = graphopt.explain(model, x, torch.tensor([64, 100, 200, 256], dtype=torch.int32))
+    assert report.plan is not None
+    assert [choice.decision for choice in report.plan.choices] == ["int8"]
+
+
+def test_flops_of_grouped_products():
+    rows, inner, columns, groups = 256, 64, 128, 4
+    a, b = torch.empty(rows, inner), torch.empty(groups, inner, columns)
+    flops = FLOPS[torch.ops.aten._grouped_mm]
+    assert flops(a, b, None) == flops(a.T, torch.empty(rows, columns), None) == 2 * rows * inner * columns
+    assert flops(a.expand(groups, -1, -1), b) == groups * flops(a, b)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from graphopt.graph import hint, nbytes, storage, tensor
 
@@ -36,12 +36,21 @@ class Rates:
 RATES = {"cuda": Rates(500e12, 250e12, 2.5e12, 1e12), "cpu": Rates(2e12, 0.6e12, 15e9, 4e9)}
 
 _CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _grouped_product(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """A product for each expert: two matrices, or three, of which the groups share the rows, the columns or the sum."""
+    groups = a[0] if len(a) == len(b) == 3 else 1
+    return 2 * groups * a[-2] * a[-1] * b[-1]
+
+
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     _CPU_ATTENTION: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
     ],
+    aten._grouped_mm: shape_wrapper(_grouped_product),  # type: ignore[no-untyped-call]
 }
 ATTENTION = {
     _CPU_ATTENTION, aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
