@@ -50,7 +50,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
     ],
-    aten._grouped_mm: shape_wrapper(_grouped_product),
+    aten._grouped_mm: shape_wrapper(_grouped_product),  # type: ignore[no-untyped-call]
 }
 ATTENTION = {
     _CPU_ATTENTION, aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
