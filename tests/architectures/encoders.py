@@ -14,7 +14,7 @@ MASKED: Table = {
     "modernbert": dict(local_attention=8, cls_token_id=1, sep_token_id=2), "camembert": {}, "megatron-bert": {},
     "mobilebert": dict(intra_bottleneck_size=16, embedding_size=16, true_hidden_size=16), "fnet": {},
     "squeezebert": dict(embedding_size=32), "convbert": dict(embedding_size=32, head_ratio=1),
-    "nystromformer": dict(num_landmarks=8, segment_means_seq_len=TOKENS), "roformer": dict(embedding_size=32),
+    "roformer": dict(embedding_size=32),
     "rembert": dict(input_embedding_size=16, output_embedding_size=16),
     "big_bird": dict(attention_type="original_full"),
     "longformer": dict(attention_window=8), "esm": dict(mask_token_id=3, position_embedding_type="rotary"),
