@@ -14,11 +14,13 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils.checkpoint import CheckpointPolicy
 
 Decompositions = Mapping[Any, Callable[..., Any]]
+Traced = dict[Any, fx.GraphModule]  # functions traced before, by what they are of
 
 _ROOT = re.compile(r"^L\['\w+'\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+).*\n(.*)')
@@ -66,6 +68,14 @@ def hint(size: int | torch.SymInt) -> int:
 
 def nbytes(value: torch.Tensor) -> int:
     return math.prod(hint(size) for size in value.shape) * value.dtype.itemsize
+
+
+def layout(value: torch.Tensor) -> tuple[Any, ...] | None:
+    """What tensors must share for one traced function to serve both; None where sizes are symbolic."""
+    sizes = (*value.shape, *value.stride())
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return None
+    return value.dim(), sizes, value.dtype, value.device
 
 
 def memory_order(value: torch.Tensor) -> list[int]:
@@ -166,7 +176,7 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
     if output is not None:
         value, old = output  # type: ignore[misc]
         graph.output(value).meta = dict(old.meta)  # type: ignore[union-attr]
-    new = fx.GraphModule(gm, graph)
+    new = _LazyGraphModule(gm, graph)  # writes Python code only when it is called
     new.meta.update(gm.meta)
     # by these AOTAutograd tells parameters, which cost nothing to save, from other inputs
     if hasattr(gm, "_param_name_to_source"):

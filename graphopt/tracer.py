@@ -178,7 +178,7 @@ def forward_graph(
         if "found no compiled frames" not in str(error):
             raise
         raise CaptureError(f"{error}\n{_SKIPPED}") from None
-    raise CaptureError("the model does no work on tensors that torch.compile could trace")
+    raise CaptureError(f"the model does no work on tensors that torch.compile could trace. {_SKIPPED}")
 
 
 def _joint_graph(

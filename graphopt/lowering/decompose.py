@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 
-from graphopt.graph import ORIGIN, outputs_of, splice
+from graphopt.graph import ORIGIN, Traced, layout, outputs_of, splice, tensor
 from graphopt.lowering import formulas, ops
 
 aten, own = torch.ops.aten, torch.ops.graphopt
@@ -44,20 +45,30 @@ def decompose(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.G
     The bodies of higher-order operators (torch.cond, scan) are traced with the same table, so they are treated too.
     """
     table = {op: inductor_table()[op] for op in CANONICAL} | OWN
+    traced: Traced = {}
     for each in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
         for node in list(each.graph.nodes):
             if node.op == "call_function" and node.target in table:
                 node.meta[ORIGIN] = node.name
-                inline(each.graph, node, table[node.target])
+                inline(each.graph, node, table[node.target], traced)
         each.recompile()
     return gm
 
 
-def inline(graph: fx.Graph, node: fx.Node, rule: Callable[..., Any]) -> None:
-    """Put the nodes of `rule` in the place of one node."""
+def inline(graph: fx.Graph, node: fx.Node, rule: Callable[..., Any], traced: Traced | None = None) -> None:
+    """Put the nodes of `rule` in the place of one node; what was `traced` before is not traced again."""
     result = splice(graph, node, lambda args, kwargs: rule(*args, **kwargs), (node.args, node.kwargs), like=node,
-                    decompositions=inductor_table())  # fmt: skip
+                    decompositions=inductor_table(), memo=_memo(traced, node))  # fmt: skip
     replace(node, result)
+
+
+def _memo(traced: Traced | None, node: fx.Node) -> tuple[Traced, object] | None:
+    """Layers are alike: what differs in nothing but its tensors' values is traced once."""
+    leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
+    shared = [(layout(value),) if (value := tensor(leaf)) is not None else (type(leaf), leaf) for leaf in leaves]
+    if traced is None or any(each == (None,) or isinstance(each[-1], fx.Node) for each in shared):
+        return None
+    return traced, (node.target, str(structure), *shared)
 
 
 def replace(node: fx.Node, result: Any) -> None:

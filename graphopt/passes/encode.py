@@ -19,10 +19,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 from graphopt.codecs import Codec
 from graphopt.graph import (
     ENCODED,
+    Traced,
     after_tangents,
     copy_node,
     in_checkpoint,
     inverse,
+    layout,
     memory_order,
     operator_name,
     owners,
@@ -33,8 +35,6 @@ from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.random import fuse_seeds
 from graphopt.pipeline import fired
 from graphopt.plan import KEEP, RECOMPUTE
-
-Traced = dict[Any, fx.GraphModule]
 
 
 def encode(
@@ -85,11 +85,8 @@ def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]
 
 def _memo(traced: Traced, direction: str, codec: Codec, node: fx.Node) -> tuple[Traced, object] | None:
     """Layers are alike: each codec is traced once for every layout, unless that has symbolic sizes."""
-    value = node.meta["val"]
-    layout = (*value.shape, *value.stride())
-    if any(isinstance(size, torch.SymInt) for size in layout):
-        return None
-    return traced, (direction, codec, value.dim(), layout, value.dtype, value.device)
+    shared = layout(node.meta["val"])
+    return shared and (traced, (direction, codec, shared))
 
 
 def _redirect_gradients(output: fx.Node, num_fwd_outputs: int, after: set[fx.Node], backward: _Backward) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from versions import ONE_KERNEL
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the other process inherits it
@@ -88,6 +89,7 @@ def coded(scheme):
 SIZES = {"gelu": ((1024, 2048), (1023, 2064)), "gelu_tanh": ((1024, 2048),), "silu": ((1024, 2048),)}
 
 
+@ONE_KERNEL
 @every_scheme
 @pytest.mark.parametrize("name, size", [(name, size) for name, sizes in SIZES.items() for size in sizes])
 def test_an_activation_and_its_code_are_one_kernel(generated, name, scheme, size):
