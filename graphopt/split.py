@@ -30,6 +30,7 @@ from graphopt.partition import (
     crossing_bytes,
     cut,
     cut_as_tagged,
+    drop_unread,
     has_preferred,
     keep_overwritten,
     mark,
@@ -88,7 +89,7 @@ def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, 
         take_back(more, "it saves no bytes: something else needs the tensor as it is")
         return best
 
-    gm = keep_overwritten(gm)
+    gm = keep_overwritten(drop_unread(gm))
     plain = attempt(copy(gm), heuristics, rewritten=False)
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
     attempts = [attempt(gm, heuristics), plain]
