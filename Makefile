@@ -9,16 +9,25 @@ VENV := .venv$(if $(TORCH),-$(TORCH))
 PY := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help demo test check notebooks bench pareto train fidelity traffic cubins kernels report
+.PHONY: help demo test test-ops test-networks test-architectures check notebooks bench pareto train fidelity traffic cubins kernels report
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo ## train a small model under stock Inductor and under lowmem, and compare
 	$(PY) -m graphopt demo $(ARGS)
 
-test: $(VENV)/.installed-dev ## run the tests
-	$(PY) -m pytest $(ARGS)
+test: $(VENV)/.installed-dev ## run the tests, on several cores; ARGS="-n 0" runs them in one process
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadscope $(ARGS)
+
+test-ops: $(VENV)/.installed-dev ## train through every operator of PyTorch's own database, under Inductor too; hours
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist load --long tests/breadth/test_operators.py $(ARGS)
+
+test-networks: $(VENV)/.installed-dev ## train 2,000 random networks; an hour
+	OMP_NUM_THREADS=1 $(PY) -m pytest --long tests/breadth/test_random_networks.py $(ARGS)
+
+test-architectures: $(VENV)/.installed-dev ## train 137 architectures of transformers
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist load --long tests/architectures $(ARGS)
 
 check: $(VENV)/.installed-dev ## lint, format, types, sizes of files, figures and plots of the documents
 	$(PY) -m ruff check

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
-from networks import Network
+from random_networks import Network
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func

@@ -1,8 +1,8 @@
 """What random networks have found, each with the reason why it failed."""
 
 import pytest
-from networks import Network, Step
 from properties import violations
+from random_networks import Network, Step
 
 FOUND = {
     # a buffer was written over before backward computed with it anew

@@ -1,13 +1,13 @@
 """Random small networks under every preset: forward as eager, gradients as eager within rounding or a codec's error.
 
-hypothesis makes them (networks.py) and shrinks what fails; what it found before stands in test_found_networks.py.
+hypothesis makes them (random_networks.py) and shrinks what fails; test_found_networks.py has what it found before.
 """
 
 import warnings
 
 from hypothesis import HealthCheck, given, seed, settings, strategies
-from networks import networks
 from properties import PRESETS, violations
+from random_networks import networks
 
 COUNT, LONG_COUNT = 50, 2000
 
