@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from graphopt import passes
-from graphopt.errors import PassError
+from graphopt.errors import PassError, PlanError
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose
 from graphopt.options import Options
@@ -40,6 +40,9 @@ from graphopt.partition import (
 )
 from graphopt.pipeline import Pass, PassRecord, bind, blamed, run, take_back
 from graphopt.plan.make import Planning
+
+# bytes: a graph for which stock saves less, such as a loss behind a graph break, is not held to a budget out of reach
+SLIGHT = 2**20
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, 
     gm = keep_overwritten(drop_unread(gm))
     plain = attempt(copy(gm), heuristics, rewritten=False)
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
-    attempts = [attempt(gm, heuristics), plain]
+    changed = any(record.fired for record in records)
+    attempts = [attempt(gm, heuristics), plain] if changed else [plain]
     if has_preferred(gm):
         attempts.insert(0, attempt(prefer(gm), heuristics, decomposed=prefer(attempts[0].decomposed)))
     if heuristics is not STOCK:
@@ -114,8 +118,14 @@ def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, 
     if best.bytes <= settings.goal.budget < math.inf:
         return Split(*best.halves, records)
     graph = merge_equal(copy(best.decomposed))
-    with blamed("plan", graph):
-        planning = Planning(graph, outputs, stock, settings, options.plan, random_state_bytes(best.halves[0], outputs))
+    states = random_state_bytes(best.halves[0], outputs)
+    try:
+        with blamed("plan", graph):
+            planning = Planning(graph, outputs, stock, settings, options.plan, states)
+    except PlanError:
+        if stock >= SLIGHT or options.memory_budget is None or options.memory_budget > 1 or options.plan is not None:
+            raise
+        return Split(*best.halves, records)
     bound = [bind(each, decisions=planning.decisions, num_fwd_outputs=outputs) for each in passes.PLANNED]
     gm, more = run(copy(planning.gm), joint_inputs, bound)
     halves = cut_as_tagged(gm, joint_inputs, **kwargs)

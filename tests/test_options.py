@@ -175,6 +175,25 @@ def test_a_budget_that_cannot_be_met_is_no_silent_eager(backend):
         torch.compile(network(), backend=backend, options={"memory_budget": 2})(torch.randn(256, 64))
 
 
+def test_a_graph_that_saves_little_is_not_held_to_a_fraction_out_of_reach():
+    """A loss behind a graph break saves a statistic or two, and the budget is for the model."""
+
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = network()
+
+        def forward(self, x):
+            h = self.model(x)
+            torch._dynamo.graph_break()
+            return torch.logsumexp(h, -1).square().mean()
+
+    compiled, x = torch.compile(Broken(), backend="lowmem_eager", options={"memory_budget": 0.3}), torch.randn(2048, 64)
+    compiled(x).backward()
+    with pytest.raises(PlanError, match="cannot be reached"):
+        torch.compile(network(), backend="lowmem_eager", options={"memory_budget": 0.001})(x)
+
+
 def test_a_plan_may_be_given_by_its_path(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     assert Options(plan=str(tmp_path / "plan.json")) == Options(plan=tmp_path / "plan.json") == Options(plan=plan)

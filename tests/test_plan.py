@@ -24,6 +24,7 @@ from graphopt.plan.choose import ERROR_WEIGHT
 from graphopt.plan.estimate import FLOPS, RATES
 from graphopt.plan.solve import Problem
 
+LARGE = torch.cat([batch()] * 16)  # stock saves megabytes for it
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1, 0.06)
 
 
@@ -72,12 +73,12 @@ def test_layers_alike_share_a_budget_evenly_enough():
 
 def test_an_impossible_budget_says_the_least():
     with pytest.raises(PlanError, match=r"cannot be reached; the least is [\d,]+ bytes, 0\.\d+ of the"):
-        explain(memory_budget=0.001)
+        graphopt.explain(build("vit"), LARGE, options={"memory_budget": 0.001})
 
 
 def test_a_budget_in_too_little_time_says_how_much_it_takes():
     with pytest.raises(PlanError, match=r"take an estimated [\d.]+% more time"):
-        explain(memory_budget=0.06, time_slack=0.001)
+        graphopt.explain(build("vit"), LARGE, options={"memory_budget": 0.06, "time_slack": 0.001})
 
 
 def test_preset_exact_with_a_budget_recomputes_and_stays_exact():
