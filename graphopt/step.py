@@ -16,9 +16,19 @@ from graphopt.compat import ISOLATED
 from graphopt.errors import CaptureError
 
 
+def untouched(model: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """torch.compile that leaves nothing on the model; once Lightning is imported it would keep its arguments there."""
+    before = dict(vars(model)) if isinstance(model, nn.Module) else None
+    function = torch.compile(model, **settings)
+    if before is not None:
+        vars(model).clear()
+        vars(model).update(before)
+    return function
+
+
 def compiled(model: Callable[..., Any], backend: str | Callable[..., Any], options: Any = None) -> Callable[..., Any]:
     """torch.compile into one graph of static shapes; the call raises CaptureError where the model forms several."""
-    function = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False, **ISOLATED)
+    function = untouched(model, backend=backend, options=options, fullgraph=True, dynamic=False, **ISOLATED)
 
     def call(*inputs: Any, **kwargs: Any) -> Any:
         try:

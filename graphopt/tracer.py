@@ -43,6 +43,7 @@ from graphopt.pipeline import Pass, PassRecord, run
 from graphopt.plan import Plan
 from graphopt.plan.make import Planning
 from graphopt.split import split
+from graphopt.step import untouched
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def forward_graph(
     messages = {each for each in vars(logging.Logger).values() if callable(each)}
     try:
         with torch.enable_grad(), dynamo_config.patch({IGNORED_LOGGING: messages, "suppress_errors": False}):
-            torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **kwargs)
+            untouched(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **kwargs)
     except _Stop as stop:
         return stop.found
     except Unsupported as error:

@@ -1,5 +1,7 @@
 """PEFT's adapters, accelerate's own loop, and Lightning."""
 
+import pickle
+
 import lightning
 import peft
 import pytest
@@ -7,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from tasks import EXACT, LOSS, batches, compiled, counted, llama
 from torch.utils.data import DataLoader
+
+import graphopt
 
 
 def adapted(model=None, **settings):
@@ -107,3 +111,12 @@ def test_lightning(tmp_path):
     lit = Lit(llama())
     lit.compile(backend="lowmem_eager")
     assert fit(lit)[1] == kept
+
+
+def test_explain_leaves_nothing_on_a_model_where_lightning_is_imported():
+    """Lightning's torch.compile keeps its arguments on the model, which could not be pickled any more."""
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.randn(4, 8)
+    before = set(vars(model))
+    graphopt.explain(model, x)
+    assert set(vars(model)) == before
+    pickle.dumps(model)
