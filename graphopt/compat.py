@@ -6,12 +6,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch._dynamo.config as dynamo_config
 import torch._inductor.inductor_prims
-
-# the setting of Dynamo that holds the logging functions it leaves out of graphs
-_NAMES = "ignore_logging_functions", "ignore_logger_methods"
-IGNORED_LOGGING = next(name for name in _NAMES if hasattr(dynamo_config, name))
 
 # arguments of torch.compile for what is only tried out: it does not count towards the limit of recompiles of its code
 ISOLATED: dict[str, Any] = (

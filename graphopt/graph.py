@@ -144,6 +144,12 @@ def in_checkpoint(node: fx.Node) -> bool:
     return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether the operator draws random numbers, or may."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
 def operator_name(node: fx.Node) -> str:
     """The operator that computed a node, without PyTorch's namespaces; of one of several outputs what gave them."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):

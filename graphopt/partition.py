@@ -21,7 +21,17 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._prims.rng_prims import run_and_save_rng_state
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.graph import ORIGIN, after_tangents, copy, in_backward, in_checkpoint, storage, storage_bytes, tensor
+from graphopt.graph import (
+    ORIGIN,
+    after_tangents,
+    copy,
+    in_backward,
+    in_checkpoint,
+    is_random,
+    storage,
+    storage_bytes,
+    tensor,
+)
 
 aten = torch.ops.aten
 EQUALITY = (aten.eq.Tensor, aten.ne.Tensor)
@@ -110,7 +120,7 @@ def keep(graph: fx.Graph) -> None:
     """
     backward, after = in_backward(graph), after_tangents(graph)
     for node in graph.nodes:
-        if _is_random(node):
+        if is_random(node):
             node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
         if node.target in EQUALITY and node in backward and node not in after:
             for compared in _forward_values(node, backward):
@@ -123,7 +133,7 @@ def drop_unread(gm: fx.GraphModule) -> fx.GraphModule:
     As it is random no pass takes it for dead, and the cut runs it in backward again, with all that it is drawn from.
     """
     for node in reversed(list(gm.graph.nodes)):
-        if _is_random(node) and not node.users and in_checkpoint(node):
+        if is_random(node) and not node.users and in_checkpoint(node):
             gm.graph.erase_node(node)
     gm.recompile()
     return gm
@@ -161,11 +171,6 @@ def _reach(nodes: Sequence[fx.Node], after: Container[fx.Node], output: fx.Node)
         seen.update(more)
         queue.extend(more)
     return False
-
-
-def _is_random(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def merge_equal(gm: fx.GraphModule) -> fx.GraphModule:

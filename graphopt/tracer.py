@@ -33,7 +33,6 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from graphopt import passes
-from graphopt.compat import IGNORED_LOGGING
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.graph import ENCODED, copy, fake_mode, hint, module_of, source_of, storage, storage_bytes, tensor
 from graphopt.lowering.decompose import decompose, inductor_table, tracing_table
@@ -169,7 +168,7 @@ def forward_graph(
     # each call: transformers gives Logger more methods when it is imported
     messages = {each for each in vars(logging.Logger).values() if callable(each)}
     try:
-        with torch.enable_grad(), dynamo_config.patch({IGNORED_LOGGING: messages, "suppress_errors": False}):
+        with torch.enable_grad(), dynamo_config.patch(ignore_logging_functions=messages, suppress_errors=False):
             untouched(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **kwargs)
     except _Stop as stop:
         return stop.found

@@ -24,7 +24,18 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.codecs import MASK, Codec
 from graphopt.compat import FMA
-from graphopt.graph import ORIGIN, after_tangents, hint, in_checkpoint, nbytes, owners, storage, storage_bytes, tensor
+from graphopt.graph import (
+    ORIGIN,
+    after_tangents,
+    hint,
+    in_checkpoint,
+    is_random,
+    nbytes,
+    owners,
+    storage,
+    storage_bytes,
+    tensor,
+)
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.plan.estimate import ATTENTION, Rates, is_heavy, packet, seconds, written_out
 from graphopt.plan.ranges import reduces, statistics_of, wide
@@ -198,7 +209,7 @@ def _recompute(node: fx.Node, op_types: Any, rate: Rates, kernels: bool, exact: 
         return math.inf
     if packet(node) in RECOMPUTABLE_KERNELS:
         return seconds(node, rate) if kernels and not _drops(node) else math.inf
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+    if is_random(node):
         return math.inf
     if packet(node) not in CHEAP and (
         is_heavy(node) or not op_types.is_recomputable(node) or _rough(node) or reduces(node)

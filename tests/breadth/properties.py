@@ -1,4 +1,4 @@
-"""What must hold for one network under every preset: the invariants, as one function that raises where one does not."""
+"""What must hold for one network under every preset: the invariants, as one function that says what does not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ORDER = 3  # two orders of the same roundings: neither is nearer to the exact va
 
 @dataclass(frozen=True)
 class Result:
-    """What one step leaves. `saved` are copies of the tensors that autograd kept, those of the model left out."""
+    """What one step leaves. `saved` are the tensors that autograd kept, those of the model left out."""
 
     outputs: list[Tensor]
     gradients: list[Tensor | None]

@@ -13,7 +13,7 @@ COUNT, LONG_COUNT = 50, 2000
 
 
 def test_random_networks_keep_the_invariants(request):
-    """`--long` takes 2,000 of them, and GRAPHOPT_SEED others."""
+    """`--long` takes 2,000 of them."""
     long = request.config.getoption("--long")
 
     @settings(
