@@ -74,6 +74,7 @@ def cut(
     The other arguments are those of a torch partitioner.
     """
     keep(gm.graph)
+    draw_once(gm.graph)
     with functorch_config.patch(dict(heuristics)):
         return min_cut_rematerialization_partition(
             gm,
@@ -127,16 +128,17 @@ def keep(graph: fx.Graph) -> None:
                 compared.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
-def drop_unread(gm: fx.GraphModule) -> fx.GraphModule:
-    """Leave out what a checkpointed region draws for nobody; in place.
+def draw_once(graph: fx.Graph) -> None:
+    """Leave to forward what a checkpointed region draws for nobody.
 
-    As it is random no pass takes it for dead, and the cut runs it in backward again, with all that it is drawn from.
+    Forward has to draw it, as eager does, since what is drawn next depends on it. As it is random no pass takes it for
+    dead, and the cut would run it in backward again, with all that it is drawn from.
     """
-    for node in reversed(list(gm.graph.nodes)):
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
         if is_random(node) and not node.users and in_checkpoint(node):
-            gm.graph.erase_node(node)
-    gm.recompile()
-    return gm
+            del node.meta["recompute"]
+            node.meta["partitioner_tag"] = "must_be_in_forward"
 
 
 def keep_overwritten(gm: fx.GraphModule) -> fx.GraphModule:

@@ -30,7 +30,6 @@ from graphopt.partition import (
     crossing_bytes,
     cut,
     cut_as_tagged,
-    drop_unread,
     has_preferred,
     keep_overwritten,
     mark,
@@ -92,7 +91,7 @@ def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, 
         take_back(more, "it saves no bytes: something else needs the tensor as it is")
         return best
 
-    gm = keep_overwritten(drop_unread(gm))
+    gm = keep_overwritten(gm)
     plain = attempt(copy(gm), heuristics, rewritten=False)
     gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
     changed = any(record.fired for record in records)
