@@ -14,7 +14,8 @@ scale: stochastic rounding, unbiased too. Its variance is y (1 - y) for y in [0,
 less than that of subtractive dither below a tenth.
 
 Written for what Inductor makes of it. Scales are rounded by their bits: it elides a cast to bfloat16 and back within a
-kernel, and encode would then use another scale than decode. Codes are packed, and noise is made, in floats: its C++ is
+kernel, and encode would then use another scale than decode. In C++ it has no vectors of int16, so that scales are made
+one by one, between the two loops over their group; made 16 at a time, they would take a pass over memory between two. Codes are packed, and noise is made, in floats: its C++ is
 slow on vectors of integers. Of a group's n bytes, byte j has codes j, j + n, ...: slices of a group are read whole.
 """
 
@@ -33,6 +34,7 @@ FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = torch.finfo(FLOAT8).max
 LIMIT = torch.finfo(torch.bfloat16).max / 2  # past it a decoded value could overflow float32
 TINY = 2.0**-118  # below it one over a step could
+NAN = 0x7FC0  # the bits of a NaN of bfloat16
 MARGIN = 2.0**-10  # of a step, left free at either end of the levels: rounding errors cannot carry a code past them
 
 ROUNDS = (0x6A5D, 0x5BD1, 0x7A35, 0x4E6D)  # odd, of 15 bits: one of them times 16 bits stays below 2^31
@@ -53,14 +55,13 @@ def encode(
     if signed:
         low, high = _lowest(planes), _highest(planes)
         magnitude = _scale(torch.maximum(high, -low))
-        scales = [torch.where(high > -low, -magnitude, magnitude)]
+        kept = [torch.where(high > -low, -magnitude, magnitude)]
     elif symmetric:
-        scales = [_scale(_highest([plane.abs() for plane in planes]))]
+        kept = [_scale(_highest([plane.abs() for plane in planes]))]
     else:
         low, high = -_round_up(-_lowest(planes)), _highest(planes)
-        last = 2**bits - 1 - (2 * MARGIN if dithered else 0)
-        scales = [low, torch.where(high - low <= LIMIT, _round_up((high - low) * (1 / last)), torch.nan)]
-    kept = [each.to(torch.bfloat16) for each in scales]
+        last, extent = 2**bits - 1 - (2 * MARGIN if dithered else 0), high - low.float()
+        kept = [low, torch.where(extent <= LIMIT, _round_up(extent * (1 / last)), torch.nan)]
     # read from what is saved, which Inductor's C++ has in memory by then: scales are not made anew for every code
     centre, step, offset = _levels(kept, bits, dithered)
     inverse = torch.where(step.abs() < torch.finfo(torch.float32).tiny, 0.0, 1 / step)
@@ -106,8 +107,8 @@ def encode_float8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """float8_e4m3fn [groups, group], and bfloat16 [groups, 1]: the largest magnitude, which is float8's largest."""
     values = _groups(x, group).float()
     magnitude = _scale(values.abs().amax(1, keepdim=True))
-    inverse = torch.where(magnitude == 0, 0.0, FLOAT8_MAX / magnitude)
-    return (values * inverse).to(FLOAT8), magnitude.to(torch.bfloat16)
+    inverse = torch.where(magnitude == 0, 0.0, FLOAT8_MAX / magnitude.float())
+    return (values * inverse).to(FLOAT8), magnitude
 
 
 def decode_float8(codes: Tensor, magnitude: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -131,7 +132,8 @@ def _ungroup(values: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _scale(magnitude: Tensor) -> Tensor:
     """The float32 magnitudes of groups, rounded up to bfloat16: 0 below TINY, NaN past LIMIT and of NaN."""
-    return torch.where(magnitude < TINY, 0.0, torch.where(magnitude <= LIMIT, _round_up(magnitude), torch.nan))
+    pattern = torch.where(magnitude <= LIMIT, _ceil(magnitude.view(torch.int32)), NAN)
+    return _from_bits(torch.where(magnitude < TINY, 0, pattern))
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,9 +144,19 @@ def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _round_up(value: Tensor) -> Tensor:
-    """The least number of bfloat16 that is not below each float32, as float32; finite for inf and NaN."""
+    """The least number of bfloat16 that is not below each float32; finite for inf and NaN."""
     pattern = value.view(torch.int32).clamp(max=0x7F7F0000)
-    return (torch.where(pattern < 0, pattern, pattern + 0xFFFF) & -0x10000).view(torch.float32)
+    return _from_bits(torch.where(pattern < 0, pattern >> 16, _ceil(pattern)))
+
+
+def _ceil(pattern: Tensor) -> Tensor:
+    """The upper 16 bits of int32, one more where the lower are not all zero: of a positive float32, rounded up."""
+    return -(-pattern >> 16)
+
+
+def _from_bits(pattern: Tensor) -> Tensor:
+    """int32 -> the numbers of bfloat16 that have those 16 bits."""
+    return pattern.to(torch.int16).view(torch.bfloat16)
 
 
 def _levels(kept: Sequence[Tensor], bits: int, dithered: bool) -> tuple[float, Tensor, Tensor | None]:
@@ -215,8 +227,7 @@ def _turns(seed: Tensor | None, kept: Sequence[Tensor], group: int, width: int) 
     """
     unit, count = _unit(group), kept[0].shape[0]
     start = (_hash(_keys(seed, kept), count, kept[0].device) & int(1 / unit - 1)).float() * unit
-    # Inductor keeps what has strides of its own in memory; otherwise it hashes anew for every value, and splits kernels
-    start = start.as_strided((count, 1), (1, 1))
+    start = _realized(start).unsqueeze(1)  # otherwise Inductor hashes anew for every value, and splits kernels
     place = torch.arange(group, dtype=torch.float32, device=kept[0].device) * (round(GOLDEN_RATIO / unit) * unit)
     sums = [start + each for each in torch.split(place, width)]
     return [each - each.floor() for each in sums]
@@ -235,5 +246,10 @@ def _hash(keys: Sequence[Tensor], count: int, device: torch.device) -> Tensor:
     left, right = (index >> 16) & 0xFFFF, index & 0xFFFF
     for key, factor in zip(keys, ROUNDS):
         product = (right ^ key) * factor
-        left, right = right, (left ^ product ^ (product >> 13)) & 0xFFFF
+        left, right = right, _realized((left ^ product ^ (product >> 13)) & 0xFFFF)
     return (left << 8) ^ right
+
+
+def _realized(x: Tensor) -> Tensor:
+    """x [n] as it is; Inductor writes down what has strides of its own, in place of all of it again for every use."""
+    return x.as_strided(x.shape, (1,))
