@@ -37,7 +37,9 @@ def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float)
 def rms_norm_backward(
     grad: Tensor, x: Tensor, shape: Sequence[int], rstd: Tensor, weight: Tensor | None, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    z = x.to(rstd.dtype).contiguous() * rstd
+    z = x.to(rstd.dtype).contiguous()
+    # without dweight not written as in forward: merged with that, z would be saved beside an x that is saved anyway
+    z = z * rstd if mask[1] else rstd * z
     dx, dweight, _ = formulas.norm_backward(grad, z, rstd, weight, len(shape), centred=False, dtype=x.dtype)
     return dx if mask[0] else x.new_empty(0), dweight if mask[1] else x.new_empty(0)
 

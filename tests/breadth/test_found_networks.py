@@ -21,6 +21,10 @@ FOUND = {
     "a mask after a checkpoint that nobody reads": (
         Network((Step("checkpoint", option=1), Step("checkpoint", first=1, option=1))), "exact",
     ),
+    # backward's z was merged with forward's and saved, beside the norm's input
+    "a frozen norm of what is saved anyway": (
+        Network((Step("linear"), Step("linear"), Step("linear", returned=True), Step("norm", 1, 0, 1, True))), "paper",
+    ),
 }  # fmt: skip
 
 
