@@ -65,7 +65,8 @@ def encode(
         kept = [low, torch.where(extent <= LIMIT, _round_up(extent * (1 / last)), torch.nan)]
     # read from what is saved, which Inductor's C++ has in memory by then: scales are not made anew for every code
     centre, step, offset = _levels(kept, bits, dithered)
-    inverse = torch.where(step.abs() < torch.finfo(torch.float32).tiny, 0.0, 1 / step)
+    small = (step.abs() if signed else step) < torch.finfo(torch.float32).tiny
+    inverse = torch.where(small, 0.0, step.reciprocal())
     codes = [(plane if offset is None else plane - offset) * inverse for plane in planes]
     if dithered or hashed:
         turns = _turns(seed, kept, group, planes[0].shape[1])
@@ -119,16 +120,16 @@ def decode_float8(codes: Tensor, magnitude: Tensor, shape: Sequence[int], dtype:
 
 def _groups(x: Tensor, group: int) -> Tensor:
     """x of any shape -> [groups, group], the last filled with zeros."""
-    flat = x.reshape(-1)
-    if not statically_known_true(x.numel() % group == 0):
-        flat = F.pad(flat, (0, -x.numel() % group))
-    return flat.view(-1, group)
+    if statically_known_true(x.numel() % group == 0):
+        return x.reshape(-1, group)
+    return F.pad(x.reshape(-1), (0, -x.numel() % group)).view(-1, group)
 
 
 def _ungroup(values: Tensor, shape: Sequence[int]) -> Tensor:
     """[groups, group] -> the values of `shape`, without what the last group was filled with."""
-    numel, flat = math.prod(shape), values.view(-1)
-    return (flat if statically_known_true(numel % values.shape[1] == 0) else flat[:numel]).view(shape)
+    numel = math.prod(shape)
+    whole = statically_known_true(numel % values.shape[1] == 0)
+    return (values if whole else values.view(-1)[:numel]).view(shape)
 
 
 def _scale(magnitude: Tensor) -> Tensor:
@@ -173,7 +174,8 @@ def _levels(kept: Sequence[Tensor], bits: int, dithered: bool) -> tuple[float, T
 
 def _planes(values: Tensor, bits: int) -> list[Tensor]:
     """[groups, group] -> as many slices of a group, in float32, as a byte has codes."""
-    return [plane.float() for plane in torch.split(values, values.shape[1] * bits // 8, 1)]
+    planes = [values] if bits == 8 else torch.split(values, values.shape[1] * bits // 8, 1)
+    return [plane.float() for plane in planes]
 
 
 def _highest(planes: Sequence[Tensor]) -> Tensor:
