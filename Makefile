@@ -9,7 +9,7 @@ VENV := .venv$(if $(TORCH),-$(TORCH))
 PY := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help demo test test-ops test-networks test-architectures check notebooks bench pareto train fidelity traffic cubins kernels report
+.PHONY: help demo test test-ops test-networks test-architectures check notebooks bench pareto train fidelity first-call traffic cubins kernels report
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ train: $(VENV)/.installed-dev ## measure steps of whole models: bytes, peak memo
 
 fidelity: $(VENV)/.installed-dev ## fine-tune on real data under each method, five seeds: held-out losses
 	$(PY) benchmarks/fidelity.py $(ARGS)
+
+first-call: $(VENV)/.installed-dev ## time the first call of models of twelve layers, which compiles
+	$(PY) benchmarks/first_call.py $(ARGS)
 
 traffic: $(VENV)/.installed-dev ## count kernels and bytes of the CUDA code of whole blocks, without a GPU
 	$(PY) benchmarks/block_traffic.py $(ARGS)

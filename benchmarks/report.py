@@ -17,7 +17,15 @@ from typing import NamedTuple
 
 from figures.kernel_tables import render_block_traffic, render_codecs, render_codes, render_cubins, render_traffic
 from figures.plots import THEMES, Draw, draw_fidelity, draw_pareto, is_of, write
-from figures.tables import Row, measured_on, render_answers, render_blocks, render_budgets, render_glance
+from figures.tables import (
+    Row,
+    measured_on,
+    render_answers,
+    render_blocks,
+    render_budgets,
+    render_first_call,
+    render_glance,
+)
 from figures.training_tables import render_fidelity, render_fidelity_details, render_train, render_train_details
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +76,7 @@ PLACES = (
     Place("README.md", "fidelity", "fidelity.json", render_fidelity, MODELS),
     Place("docs/choosing.md", "fidelity details", "fidelity.json", render_fidelity_details, MODELS),
     Place("docs/choosing.md", "train details", "train.json", render_train_details, MODELS),
+    Place("docs/choosing.md", "first call", "first_call.json", render_first_call, MODELS),
     Place("docs/pareto.md", "blocks", "blocks.json", render_blocks),
     Place("docs/pareto.md", "budgets", "pareto.json", render_budgets),
     Place("docs/pareto.md", "answers", "pareto.json", render_answers),

@@ -159,3 +159,23 @@ def _peak(row: Row) -> str:
 def _cost(row: Row) -> str:
     error = "–" if row["gradient_error"] is None else f"{row['gradient_error']:.4f}"
     return f"{row['step_ratio']:.2f} / {error}"
+
+
+def render_first_call(results: Row) -> str:
+    """One table of first_call.json: a row for each model and way to compile it, a column for each method."""
+    found = {(row["model"], row["way"], row["method"]): row for row in results["rows"]}
+    methods = list(dict.fromkeys(method for _, _, method in found))
+    lines = []
+    for model, way in dict.fromkeys((model, way) for model, way, _ in found):
+        stock = found[model, way, STOCK]
+
+        def cell(row: Row, stock: Row = stock) -> str:
+            ratio = "" if row is stock else f" ({row['seconds'] / stock['seconds']:.2f})"
+            return f"{row['seconds']:.0f}{ratio}"
+
+        lines.append([f"{model}, {way}", *(cell(found[model, way, method]) for method in methods)])
+    return (
+        f"Seconds of the first forward and backward of models of {results['layers']} layers, {results['batch']} × "
+        f"{results['length']} tokens, no cache; in brackets by stock Inductor's:\n\n"
+        + markdown(["model", *(f"`{method}`" for method in methods)], lines)
+    )
