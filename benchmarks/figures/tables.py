@@ -171,11 +171,11 @@ def render_first_call(results: Row) -> str:
 
         def cell(row: Row, stock: Row = stock) -> str:
             ratio = "" if row is stock else f" ({row['seconds'] / stock['seconds']:.2f})"
-            return f"{row['seconds']:.0f}{ratio}"
+            return f"{row['seconds']:.0f}{ratio} / {row['saved_bytes'] / 2**20:.1f}"
 
         lines.append([f"{model}, {way}", *(cell(found[model, way, method]) for method in methods)])
     return (
         f"Seconds of the first forward and backward of models of {results['layers']} layers, {results['batch']} × "
-        f"{results['length']} tokens, no cache; in brackets by stock Inductor's:\n\n"
+        f"{results['length']} tokens, no cache; in brackets by stock Inductor's / saved MiB:\n\n"
         + markdown(["model", *(f"`{method}`" for method in methods)], lines)
     )
