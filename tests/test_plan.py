@@ -76,6 +76,21 @@ def test_an_impossible_budget_says_the_least():
         graphopt.explain(build("vit"), LARGE, options={"memory_budget": 0.001})
 
 
+def test_an_impossible_budget_says_what_the_model_returns():
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            keys = self.first(x)
+            return self.second(torch.sigmoid(keys)), keys
+
+    x = torch.randn(8192, 64, requires_grad=True)
+    with pytest.raises(PlanError, match="2,097,152 of them are what the model returns"):
+        graphopt.explain(Returning(), x, options={"memory_budget": 0.001})
+
+
 def test_a_budget_in_too_little_time_says_how_much_it_takes():
     with pytest.raises(PlanError, match=r"take an estimated [\d.]+% more time"):
         graphopt.explain(build("vit"), LARGE, options={"memory_budget": 0.06, "time_slack": 0.001})
