@@ -14,10 +14,10 @@ scale: stochastic rounding, unbiased too. Its variance is y (1 - y) for y in [0,
 less than that of subtractive dither below a tenth.
 
 Written for what Inductor makes of it. Scales are rounded by their bits: it elides a cast to bfloat16 and back within a
-kernel, and encode would then use another scale than decode. Its C++ has no vectors of int16, so that scales are made one
-by one between the two loops over their group; made 16 at a time, they would take two passes over memory. Codes are
-packed, and noise is made, in floats: it is slow on vectors of integers. Of a group's n bytes, byte j has codes j, j + n,
-...: slices of a group are read whole.
+kernel, and encode would then use another scale than decode. Its C++ has no vectors of int16, so that scales are made
+one by one between the two loops over their group; made 16 at a time, they would take two passes over memory. Codes are
+packed, and noise is made, in floats: it is slow on vectors of integers. Of a group's n bytes, byte j has codes j, j +
+n, ...: slices of a group are read whole.
 """
 
 from __future__ import annotations
