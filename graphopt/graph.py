@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,21 +218,30 @@ def splice(
     tracing the same function on alike tensors of fixed sizes again.
     """
     leaves, spec = pytree.tree_flatten(tuple(arguments))
-    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    nodes = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
 
     def flat(*values: Any) -> Any:
-        given = iter(values)
-        filled = [next(given) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        given = dict(zip(nodes, values))
+        filled = [given[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
         result = function(*pytree.tree_unflatten(filled, spec))
         return tuple(result) if isinstance(result, tuple) else result  # fx would make a node of a named tuple
 
     store, key = memo or ({}, None)
+    key = key, tuple(nodes.index(leaf) for leaf in leaves if isinstance(leaf, fx.Node))  # which arguments are the same
     known = key in store
     with fake_mode(graph), enable_python_dispatcher(), torch.no_grad():
         if not known:
             trace = make_fx(flat, decomposition_table=dict(decompositions or {}))
-            store[key] = trace(*[node.meta["val"] for node in nodes])
+            store[key] = trace(*_distinct(node.meta["val"] for node in nodes))
         return _insert(graph, before, store[key], nodes, like, again=known)
+
+
+def _distinct(values: Iterable[Any]) -> Iterator[Any]:
+    """The values; make_fx knows tensors by identity, and nodes that a rewrite has copied have one tensor."""
+    seen = set[int]()
+    for value in values:
+        yield value.detach() if isinstance(value, torch.Tensor) and id(value) in seen else value
+        seen.add(id(value))
 
 
 def _insert(

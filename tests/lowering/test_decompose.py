@@ -7,9 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from training import distance, step
 
-ORDER = (
-    3  # two orders of the same roundings: neither is nearer to the exact gradient than the other by more than a factor
-)
+# two orders of the same roundings: neither is nearer to the exact gradient than the other by more than a factor
+ORDER = 3
 
 
 class Norms(nn.Module):
@@ -32,3 +31,21 @@ def test_operators_that_differ_in_what_they_leave_out_are_told_apart():
     _, eager, _ = step(model, (x,), backend=None)
     _, found, _ = step(model, (x,))
     assert distance(found, expected) < ORDER * distance(eager, expected)
+
+
+class OneTensorTwice(nn.Module):
+    """A layer norm whose weight is its bias, and one whose weight is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.rand(16) + each) for each in range(3))
+
+    def forward(self, x):
+        return F.layer_norm(F.layer_norm(x, (16,), self.a, self.a).cos(), (16,), self.b, self.c)
+
+
+def test_an_operator_that_reads_a_tensor_twice_is_not_taken_for_one_that_reads_two():
+    model, x = OneTensorTwice(), torch.randn(32, 16)
+    expected, _, _ = step(model, (x,), backend=None)
+    found, _, _ = step(model, (x,))
+    torch.testing.assert_close(found, expected)
