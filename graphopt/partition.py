@@ -35,6 +35,8 @@ from graphopt.graph import (
 
 aten = torch.ops.aten
 EQUALITY = (aten.eq.Tensor, aten.ne.Tensor)
+# gives of what it reads one or another, without rounding
+CHOICE = (aten.maximum.default, aten.minimum.default, aten.where.self, aten.amax.default, aten.amin.default)
 # marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
 PREFERRED = "graphopt_preferred"  # a rewrite's mark of what it would rather see saved
 SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
@@ -198,9 +200,9 @@ def prefer(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _forward_values(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
-    """The nodes of forward that a node of backward is made from; of a view, the node that computed what it shows."""
+    """The forward nodes that a node of backward is made from; of a view or a choice, what it shows or chooses from."""
     for each in node.all_input_nodes:
-        if each in backward or getattr(each.target, "is_view", False):
+        if each in backward or getattr(each.target, "is_view", False) or each.target in CHOICE:
             yield from _forward_values(each, backward)
         else:
             yield each

@@ -25,6 +25,10 @@ FOUND = {
     "a frozen norm of what is saved anyway": (
         Network((Step("linear"), Step("linear"), Step("linear", returned=True), Step("norm", 1, 0, 1, True))), "paper",
     ),
+    # what was compared with a maximum was saved, though a maximum made anew is the same to the bit
+    "a maximum of a maximum": (
+        Network((Step("join", 3, 1, 3, again=True),), tokens=1, width=64, trained=True), "exact",
+    ),
 }  # fmt: skip
 
 
