@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/distributed.py
     torchrun --nproc-per-node 2 examples/distributed.py --fsdp --options '{"preset": "smallest"}'
+    torchrun --nproc-per-node 2 examples/distributed.py --backend inductor                           # to compare with
 
-On GPUs by NCCL, else on the CPU by gloo.
+On GPUs by NCCL, else on the CPU by gloo. What torch logs of profilers and of FSDP's views it logs under any backend.
 """
 
 import argparse
@@ -59,15 +60,37 @@ def parallel(model: Decoder, fsdp: bool, **settings: object) -> nn.Module:
     return fully_shard(model)
 
 
-def batch(device: torch.device) -> tuple[Tensor, Tensor]:
+def batch(device: torch.device, data: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sequences that count upwards by a step of their own, and what comes next."""
-    start, step = torch.randint(VOCABULARY, (BATCH, 1)), torch.randint(1, 8, (BATCH, 1))
+    start, step = torch.randint(VOCABULARY, (BATCH, 1), generator=data), torch.randint(1, 8, (BATCH, 1), generator=data)
     tokens = (start + step * torch.arange(TOKENS + 1)) % VOCABULARY
     return tokens[:, :-1].to(device), tokens[:, 1:].to(device)
 
 
 def loss_of(model: nn.Module, tokens: Tensor, following: Tensor) -> Tensor:
     return F.cross_entropy(model(tokens).flatten(0, 1), following.flatten())
+
+
+def train(given: argparse.Namespace, device: torch.device) -> None:
+    """Print losses and saved bytes. All of it is freed on return: DDP may wait for ever if its group went before it."""
+    rank = dist.get_rank()
+
+    torch.manual_seed(0)  # the same weights on every rank
+    model = Decoder().to(device)
+    compiled = parallel(model, given.fsdp, backend=given.backend, options=given.options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    data = torch.Generator().manual_seed(rank + 1)  # of its own: some options draw numbers too
+    first = batch(device, data)
+    kept = saved_bytes(lambda: loss_of(compiled, *first), [*first, *model.parameters()])
+    for step in range(given.steps):
+        loss = loss_of(compiled, *batch(device, data))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach()
+        dist.all_reduce(loss)
+        if rank == 0 and (step % 10 == 0 or step == given.steps - 1):
+            print(f"step {step:3}  loss {loss.item() / dist.get_world_size():.3f}  saved {kept:,} bytes a rank")
 
 
 def main() -> None:
@@ -83,24 +106,7 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank = dist.get_rank()
-
-    torch.manual_seed(0)  # the same weights on every rank
-    model = Decoder().to(device)
-    compiled = parallel(model, given.fsdp, backend=given.backend, options=given.options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    torch.manual_seed(rank + 1)  # other data
-    first = batch(device)
-    kept = saved_bytes(lambda: loss_of(compiled, *first), [*first, *model.parameters()])
-    for step in range(given.steps):
-        loss = loss_of(compiled, *batch(device))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = loss.detach()
-        dist.all_reduce(loss)
-        if rank == 0 and (step % 10 == 0 or step == given.steps - 1):
-            print(f"step {step:3}  loss {loss.item() / dist.get_world_size():.3f}  saved {kept:,} bytes a rank")
+    train(given, device)
     dist.destroy_process_group()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -46,8 +47,8 @@ def loud(backend: Callable[Given, Compiled]) -> Callable[Given, Compiled]:
 
 @atexit.register
 def _never_called() -> None:
-    # the module that imports this one is imported where a backend is looked up by its name, and for nothing else
-    if not _called:
+    # a script that an error ended may not have come to its model
+    if not _called and getattr(sys, "last_value", None) is None:
         warnings.warn(
             "lowmem was asked for and compiled nothing: no model that it was to compile was called. After "
             "model.compile(), model.forward(), other methods, copies of the model, and bare containers such as "

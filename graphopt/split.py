@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -122,6 +122,8 @@ def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, 
         with blamed("plan", graph):
             planning = Planning(graph, outputs, stock, settings, options.plan, states)
     except PlanError:
+        if options.code is not None and options.plan is None:  # codes may take what the plan would have made anew
+            return split(plain.canonical, joint_inputs, replace(options, approx_activation="off"), **kwargs)
         if stock >= SLIGHT or options.memory_budget is None or options.memory_budget > 1 or options.plan is not None:
             raise
         return Split(*best.halves, records)

@@ -250,6 +250,13 @@ def test_what_is_not_finite_is_seen_and_stays_in_its_group(each, dtype, value):
     assert ((x_[[0, 2, 3]] - x.view(4, -1)[[0, 2, 3]]).abs() <= others).all()
 
 
+@every_codec
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_group_of_nothing_finite_is_seen(each, dtype, value):
+    assert through(each, torch.full((each.group,), value, dtype=dtype)).isnan().all()
+
+
 def test_signed_scales_have_the_lower_error_at_equal_bits():
     """A channel of outliers: with a level at zero the others vanish, where without one each is half a step off."""
     torch.manual_seed(0)

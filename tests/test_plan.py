@@ -91,6 +91,25 @@ def test_an_impossible_budget_says_what_the_model_returns():
         graphopt.explain(Returning(), x, options={"memory_budget": 0.001})
 
 
+def test_codes_of_activations_do_not_stand_in_the_way_of_a_budget():
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linears = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x):
+            found = []
+            for linear in self.linears:
+                x = F.gelu(linear(x))
+                found.append(x)
+            return found
+
+    x = torch.randn(4103, 64, requires_grad=True)
+    # the results and x; a code of the first activation would come on top
+    options = {"preset": "smallest", "memory_budget": 3_200_000}
+    assert graphopt.explain(Returning(), x, options=options).bytes_now <= 3_200_000
+
+
 def test_a_budget_in_too_little_time_says_how_much_it_takes():
     with pytest.raises(PlanError, match=r"take an estimated [\d.]+% more time"):
         graphopt.explain(build("vit"), LARGE, options={"memory_budget": 0.06, "time_slack": 0.001})

@@ -182,8 +182,10 @@ def encode_kernel(
         lowest = _ordered(_lowest(planes, "values"), "values").to(tl.float32, bitcast=True)
         highest = _ordered(_highest(planes, "values"), "values").to(tl.float32, bitcast=True)
         low = -_round_up(-lowest)
-        spread = tl.where(lowest == lowest, highest - low, lowest)
-        scale = tl.where(spread <= LIMIT, _round_up(spread * FACTOR), float("nan"))
+        extent = tl.where(lowest == lowest, highest - lowest, lowest)
+        # of a group at the lower end of float32, low is no number of bfloat16 but the least
+        scale = _round_up(tl.maximum(highest - low, 0.0) * FACTOR)
+        scale = tl.where(extent <= LIMIT, scale, float("nan"))
         step = scale
         tl.store(low_ptr + group, _to_bfloat16(low), mask=inside)
     tl.store(scale_ptr + group, _to_bfloat16(scale), mask=inside)

@@ -60,9 +60,11 @@ def encode(
     elif symmetric:
         kept = [_scale(_highest([plane.abs() for plane in planes]))]
     else:
-        low, high = -_round_up(-_lowest(planes)), _highest(planes)
-        last, extent = 2**bits - 1 - (2 * MARGIN if dithered else 0), high - low.float()
-        kept = [low, torch.where(extent <= LIMIT, _round_up(extent * (1 / last)), torch.nan)]
+        lowest, high = _lowest(planes), _highest(planes)
+        low, last = -_round_up(-lowest), 2**bits - 1 - (2 * MARGIN if dithered else 0)
+        # of a group at the lower end of float32, low is no number of bfloat16 but the least
+        step = _round_up((high - low.float()).clamp(min=0) * (1 / last))
+        kept = [low, torch.where(high - lowest <= LIMIT, step, torch.nan)]
     # read from what is saved, which Inductor's C++ has in memory by then: scales are not made anew for every code
     centre, step, offset = _levels(kept, bits, dithered)
     small = (step.abs() if signed else step) < torch.finfo(torch.float32).tiny

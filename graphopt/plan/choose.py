@@ -64,10 +64,11 @@ def choose(problem: Problem, stock: int, goal: Goal) -> Solution:
         found = [problem.priced(each.saved, each.recomputed, each.held) for each in found]
     if not found:
         least = problem.solve(DEAR * unit)
+        share = math.ceil(1000 * least.bytes / max(stock, 1)) / 1000
         returned = sum(problem.graph.values[node].bytes for node in least.held)
         raise PlanError(
             f"option 'memory_budget': {int(goal.budget):,} bytes cannot be reached; the least is {least.bytes:,} "
-            f"bytes, {least.bytes / max(stock, 1):.3f} of the {stock:,} that stock Inductor saves"
+            f"bytes, {share:.3f} of the {stock:,} that stock Inductor saves"
             + (f"; {returned:,} of them are what the model returns" if returned else "")
         )
     in_time = [each for each in found if each.seconds <= limit]
