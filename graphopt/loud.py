@@ -1,6 +1,7 @@
 """loud(): a backend that is not off in silence.
 
-Under `torch._dynamo.config.suppress_errors` Dynamo logs a backend's error and runs the model in eager mode. And what
+Under `torch._dynamo.config.suppress_errors` Dynamo logs a backend's error and runs the model in eager mode; errors of
+some kinds, such as that of an operator without a fake implementation, it treats so in any case. And what
 compiles a module in place, `model.compile()`, is passed by where something other than the module itself is called:
 its `forward`, a copy of it, another of its methods. Then the backend is never called at all.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch._dynamo.config as dynamo_config
-from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._dynamo.exc import RestartAnalysis, SkipFrame, exceptions_allowed_to_be_fallback
 
 Given = ParamSpec("Given")
 Compiled = TypeVar("Compiled")
@@ -34,10 +35,11 @@ def loud(backend: Callable[Given, Compiled]) -> Callable[Given, Compiled]:
         except (RestartAnalysis, SkipFrame):  # no errors: Dynamo traces the frame again, or leaves it out
             raise
         except Exception as error:
-            if dynamo_config.suppress_errors:
+            if dynamo_config.suppress_errors or isinstance(error, exceptions_allowed_to_be_fallback):
+                by = "torch._dynamo.config.suppress_errors" if dynamo_config.suppress_errors else "Dynamo"
                 warnings.warn(
-                    f"{backend.__name__} is off: torch._dynamo.config.suppress_errors hides its error, and Dynamo runs "
-                    f"this code in eager mode. {type(error).__name__}: {error}",
+                    f"{backend.__name__} is off: {by} hides its error, and this code runs in eager mode. "
+                    f"{type(error).__name__}: {error}",
                     stacklevel=2,
                 )
             raise

@@ -24,6 +24,6 @@ def fresh():
     torch._dynamo.reset()
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*Backend compiler.*")
+        warnings.filterwarnings("error", message=".* is off: .*")
         yield
     torch._dynamo.reset()

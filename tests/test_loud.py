@@ -7,10 +7,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from training import EXACT
 
 import graphopt
 from graphopt import passes
+from graphopt.loud import loud
 
 
 class Net(nn.Module):
@@ -44,6 +46,17 @@ def test_a_pass_that_fails_warns_where_dynamo_hides_it(suppressed, backend, monk
     monkeypatch.setattr(passes, "JOINT", (broken,))
     with pytest.warns(UserWarning, match=rf"(?s){backend} is off.*pass 'broken' failed.*boom"):
         torch.compile(Net(), backend=backend)(torch.randn(4, 8)).sum().backward()
+
+
+def test_an_error_that_dynamo_hides_in_any_case_warns():
+    @loud
+    def broken(gm, example_inputs):
+        raise DynamicOutputShapeException(torch.ops.aten.nonzero.default)
+
+    model, x = Net(), torch.randn(4, 8)
+    with pytest.warns(UserWarning, match="broken is off: Dynamo hides its error"):
+        y = torch.compile(model, backend=broken)(x)
+    assert torch.equal(y, model(x))
 
 
 def test_nothing_is_said_where_nothing_fails(suppressed):
