@@ -27,12 +27,22 @@ def spread(count: int) -> list[str]:
     return [names[place * len(names) // count] for place in range(min(count, len(names)))]
 
 
+@torch.library.custom_op("graphopt_tests::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    """x, from an operator whose price nobody knows: what it gives is saved rather than made anew."""
+    return x.clone()
+
+
+opaque.register_fake(lambda x: x.clone())
+opaque.register_autograd(lambda ctx, grad: grad.clone())
+
+
 @dataclass(frozen=True)
 class Sample:
     """A call of an operator: `function(one, *tensors)`, where `one` is 1 and unknown to a compiler.
 
-    What the operator reads is multiplied by it, and what it gives, so that both are neither inputs of the graph nor
-    outputs, and a plan has to say what becomes of them.
+    What the operator reads is multiplied by it, or `saved` behind an opaque operator, and what it gives is multiplied,
+    so that both are neither inputs of the graph nor outputs, and a plan has to say what becomes of them.
     """
 
     function: Callable[..., Any]
@@ -51,17 +61,17 @@ class Sample:
         return [each.detach() for each in (*outputs, *gradients) if each is not None]
 
 
-def samples(name: str, count: int) -> Iterator[Sample]:
+def samples(name: str, count: int, saved: bool = False) -> Iterator[Sample]:
     """Up to `count` of the operator's samples in float32 that have a gradient."""
     op, operator = OPERATORS[name]
     given = op.sample_inputs("cpu", torch.float32, requires_grad=True)
     if operator is not op.op:
         given = (each for each in given if not each.broadcasts_input)
-    found = (_sample(operator, each) for each in given)
+    found = (_sample(operator, each, saved) for each in given)
     return itertools.islice((each for each in found if each is not None), count)
 
 
-def _sample(operator: Callable[..., Any], given: Any) -> Sample | None:
+def _sample(operator: Callable[..., Any], given: Any, saved: bool) -> Sample | None:
     leaves, structure = pytree.tree_flatten((given.input, given.args, given.kwargs))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if any(leaves[place].layout is not torch.strided for place in places):
@@ -71,7 +81,7 @@ def _sample(operator: Callable[..., Any], given: Any) -> Sample | None:
     def function(one: Tensor, *tensors: Tensor) -> Any:
         filled = list(leaves)
         for place, tensor in zip(places, tensors):
-            filled[place] = tensor * one if tensor.requires_grad else tensor
+            filled[place] = _met(tensor, one, saved) if tensor.requires_grad else tensor
         first, args, kwargs = pytree.tree_unflatten(filled, structure)
         return [
             each * one if isinstance(each, Tensor) and each.is_floating_point() and not each.is_sparse else each
@@ -80,7 +90,15 @@ def _sample(operator: Callable[..., Any], given: Any) -> Sample | None:
 
     sample = Sample(function, tuple(leaves[place] for place in places))
     torch.manual_seed(1)
-    return sample if _differentiable(function(torch.ones(()), *map(_converted, sample.tensors))) else None
+    try:
+        outputs = function(torch.ones(()), *map(_converted, sample.tensors))
+    except RuntimeError:
+        return None  # eager mode does not take it: a view in place of a tensor whose storage is too small
+    return sample if _differentiable(outputs) else None
+
+
+def _met(tensor: Tensor, one: Tensor, saved: bool) -> Tensor:
+    return opaque(tensor) if saved else tensor * one
 
 
 def _differentiable(outputs: list[Any]) -> list[Tensor]:
