@@ -11,6 +11,7 @@ kernels around them. Tensors are dense and contiguous; any shape, any float dtyp
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class Codec:
     symmetric: bool = True
 
     @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    @property
     def draws(self) -> bool:
         """Whether it draws a seed, and so has the mean x over draws."""
         return self.rounding == "stochastic"
@@ -60,9 +65,19 @@ class Codec:
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """The parts to save of x, contiguous: codes, what each group keeps, and a seed if one is drawn."""
         if not self.draws:
-            return group_quant.encode(x, self.bits, self.group, self.symmetric, None, self.rounding == "hashed")
+            return self.parts(x, None)
         seed = random.seed(x.device)
-        return *group_quant.encode(x, self.bits, self.group, self.symmetric, seed), seed
+        return *self.parts(x, seed), seed
+
+    def parts(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
+        """As `encode`, under a seed that is drawn already (int64, no dims; None where none is), and without it."""
+        return group_quant.encode(x, self.bits, self.group, self.symmetric, seed, self.rounding == "hashed")
+
+    def empty_parts(self, x: Tensor) -> list[Tensor]:
+        """What `parts` gives for x, without values."""
+        groups = (x.numel() + self.group - 1) // self.group
+        codes = x.new_empty(groups, self.group * self.bits // 8, dtype=self.code_dtype)
+        return [codes, *(x.new_empty(groups, 1, dtype=torch.bfloat16) for _ in range(1 if self.symmetric else 2))]
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What `encode` had, with the codec's error, in `shape` and `dtype`; contiguous."""
@@ -81,7 +96,11 @@ class Codec:
 class Float8(Codec):
     """Groups of float8_e4m3fn under one scale: the error of each value is relative to itself."""
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return group_quant.FLOAT8
+
+    def parts(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
         return group_quant.encode_float8(x, self.group)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -165,6 +184,7 @@ CODECS = {
 }
 
 
+@functools.cache
 def named(name: str) -> Codec:
     """The codec whose `name` this is, such as "int4-32-unbiased". Raises OptionsError if it is none's."""
     if name == MASK.name:

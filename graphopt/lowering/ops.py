@@ -21,12 +21,12 @@ from graphopt.lowering import formulas
 _library = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define(schema: str, reference: Callable[..., Any]) -> None:
-    # the references use plain torch ops only, so the fake implementation is the reference itself
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None = None) -> None:
+    """Register an operator; without `fake` the reference, in plain torch, serves as its fake implementation."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     _library.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"graphopt::{name}", reference, lib=_library)
+    torch.library.register_fake(f"graphopt::{name}", fake or reference, lib=_library)
 
 
 def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -62,13 +62,13 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("graphopt::rms_norm has no second derivative: double backward (create_graph) is not supported")
 
 
-_define("rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, float eps) -> (Tensor, Tensor)", rms_norm)
-_define(
+define("rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, float eps) -> (Tensor, Tensor)", rms_norm)
+define(
     "rms_norm_backward(Tensor grad, Tensor x, SymInt[] normalized_shape, Tensor rstd, Tensor? weight, bool[2] mask)"
     " -> (Tensor, Tensor)",
     rms_norm_backward,
 )
-_define("pack(Tensor values, int bits) -> Tensor", formulas.pack)
-_define("unpack(Tensor words, SymInt[] shape, int bits, ScalarType dtype) -> Tensor", formulas.unpack)
+define("pack(Tensor values, int bits) -> Tensor", formulas.pack)
+define("unpack(Tensor words, SymInt[] shape, int bits, ScalarType dtype) -> Tensor", formulas.unpack)
 torch.library.register_autograd("graphopt::rms_norm", _differentiate, setup_context=_save_inputs, lib=_library)
 torch.library.register_autograd("graphopt::rms_norm_backward", _no_double_backward, lib=_library)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.codecs import Codec
+from graphopt.codecs import MASK, Codec
 from graphopt.graph import (
     ENCODED,
     Traced,
@@ -31,10 +31,13 @@ from graphopt.graph import (
     place_behind,
     splice,
 )
+from graphopt.lowering import codec_ops, random  # noqa: F401  (codec_ops registers encode and decode)
 from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.random import fuse_seeds
 from graphopt.pipeline import fired
 from graphopt.plan import KEEP, RECOMPUTE
+
+own = torch.ops.graphopt
 
 
 def encode(
@@ -72,15 +75,30 @@ def encode(
 
 
 def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]:
-    order = memory_order(node.meta["val"])
+    order, whole = memory_order(node.meta["val"]), _is_whole(codec, node)
+
+    def encode(x: Tensor) -> tuple[Tensor, ...]:
+        x = x.permute(order)
+        if not whole:
+            return codec.encode(x)
+        if not codec.draws:
+            return tuple(own.encode(x, codec.name, None))
+        seed = random.seed(x.device)
+        return *own.encode(x, codec.name, seed), seed
+
     result = splice(
-        node.graph, place_behind(node), lambda x: codec.encode(x.permute(order)), (node,), like=node,
+        node.graph, place_behind(node), encode, (node,), like=node,
         decompositions=inductor_table(), memo=_memo(traced, "encode", codec, node),
     )  # fmt: skip
     for part in result:
         part.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         part.meta[ENCODED] = f"{codec.name} of {operator_name(node)}"
     return tuple(result)
+
+
+def _is_whole(codec: Codec, node: fx.Node) -> bool:
+    """Whether a codec is one operator in the graph: where sizes are numbers. Masks have operators of their own."""
+    return codec is not MASK and layout(node.meta["val"]) is not None
 
 
 def _memo(traced: Traced, direction: str, codec: Codec, node: fx.Node) -> tuple[Traced, object] | None:
@@ -146,10 +164,13 @@ class _Backward:
     def _decoded(self, node: fx.Node, before: fx.Node) -> fx.Node:
         codec, order = self.decisions[node.name], memory_order(node.meta["val"])
         assert isinstance(codec, Codec)
+        whole = _is_whole(codec, node)
 
         def decode(value: Tensor, *parts: Tensor) -> Tensor:
             # of the value itself only sizes are read, which are saved as numbers
-            return codec.decode(parts, [value.shape[dim] for dim in order], value.dtype).permute(inverse(order))
+            shape = [value.shape[dim] for dim in order]
+            x = own.decode(parts, shape, codec.name, value.dtype) if whole else codec.decode(parts, shape, value.dtype)
+            return x.permute(inverse(order))
 
         last = before.prev
         result: fx.Node = splice(

@@ -17,7 +17,7 @@ from graphopt.plan import candidates
 SPREAD, SAMPLES = 150, {"lowmem_eager": 4, "lowmem": 1}
 ORDER = 3  # two orders of the same roundings: neither is nearer to the exact value by more than a factor
 ROUNDINGS = 16 * torch.finfo(torch.float32).eps  # a decomposition rounds a few times more than a kernel
-# 8 bits move a gradient by their own error, 0.005, and as often as it is made of them; samples have some tens of values,
+# 8 bits move a gradient by their own error, 0.005, and as often as it is made of them; samples have tens of values,
 # of which the default's groups of 64 would save nothing
 PRESETS = {"exact": ({"preset": "exact"}, 0.0), "compressed": ({"codecs": ["int8-8"], "time_slack": 1e9}, 0.05)}
 
