@@ -1,7 +1,8 @@
 """split(): a joint graph -> forward and backward, rewritten wherever that saves bytes.
 
 share_norm, cut                          four ways; of those that save fewest bytes the first:
-                                         rewritten, z preferred · rewritten · as it was · as it was, cut as stock
+                                         rewritten, z preferred · rewritten · as it was · as it was, cut as stock;
+                                         only the second and the last where a plan follows
 approx_activation, if asked for, cut     taken back unless it saves bytes
 pack_mask, cut                           taken back unless it saves bytes
 plan, encode, cut                        where a preset or an option asks for a plan
@@ -10,7 +11,7 @@ plan, encode, cut                        where a preset or an option asks for a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -66,74 +67,126 @@ class Split(NamedTuple):
 
 
 def split(gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options, **kwargs: Any) -> Split:
-    """Rewrite a joint graph, cut it, rewrite what the cut saves, cut again. A step that does not pay is taken back."""
-    outputs = kwargs["num_fwd_outputs"]
-    heuristics = HEURISTICS[options.value("recompute")]
+    """Rewrite a joint graph, cut it, rewrite what the cut saves, cut again. A step that does not pay is taken back.
+
+    `kwargs` are those of a torch partitioner.
+    """
+    gm = keep_overwritten(gm)
+    try:
+        return _Splitting(joint_inputs, options, kwargs).run(gm)
+    except PlanError:
+        if options.code is None or options.plan is not None:
+            raise
+        # codes may take what the plan would have made anew
+        return _Splitting(joint_inputs, replace(options, approx_activation="off"), kwargs).run(gm)
+
+
+class _Splitting:
+    """How one joint graph is split."""
+
+    def __init__(self, joint_inputs: Sequence[object], options: Options, kwargs: dict[str, Any]) -> None:
+        self.joint_inputs, self.options, self.kwargs = joint_inputs, options, kwargs
+        self.outputs: int = kwargs["num_fwd_outputs"]
+
+    def run(self, gm: fx.GraphModule) -> Split:
+        plain = self.spelt_out(gm)
+        stock = self.attempt(gm, plain, STOCK, rewritten=False)
+        without_plan: list[PassRecord] = []
+        if self.options.planned:
+            # a plan decides what is saved, and takes of a cut little more than the graph
+            best, records = self.exact(gm, plain, stock, thorough=False)
+            found, more = self.planned(best, stock.bytes)
+            if found is not None:
+                return found._replace(records=[*records, *more])
+            without_plan = more
+        best, records = self.exact(gm, plain, stock)
+        return Split(*best.halves, [*records, *without_plan])
+
+    def spelt_out(self, canonical: fx.GraphModule) -> fx.GraphModule:
+        return merge_equal(run(copy(canonical), self.joint_inputs, (decompose,))[0])
 
     def attempt(
+        self,
         canonical: fx.GraphModule,
+        decomposed: fx.GraphModule,
         heuristics: Mapping[str, object],
         rewritten: bool = True,
-        decomposed: fx.GraphModule | None = None,
     ) -> Attempt:
-        decomposed = decomposed or run(copy(canonical), joint_inputs, (decompose,))[0]
-        halves = cut(copy(decomposed), joint_inputs, heuristics, **kwargs)
-        return Attempt(canonical, decomposed, halves, crossing_bytes(halves[0], outputs), heuristics, rewritten)
+        halves = cut(copy(decomposed), self.joint_inputs, {**heuristics, "cse": False}, **self.kwargs)
+        saved = crossing_bytes(halves[0], self.outputs)
+        return Attempt(canonical, decomposed, halves, saved, heuristics, rewritten)
 
-    def if_it_pays(best: Attempt, gm: fx.GraphModule, each: Sequence[Pass], decomposed: bool) -> Attempt:
-        gm, more = run(gm, joint_inputs, each, options.disable)
+    def exact(
+        self, gm: fx.GraphModule, plain: fx.GraphModule, stock: Attempt, thorough: bool = True
+    ) -> tuple[Attempt, list[PassRecord]]:
+        """The way that saves fewest bytes, with codes and masks packed; and what passes did.
+
+        Unless `thorough`, not all ways are tried, and none that ties what is saved.
+        """
+        heuristics = HEURISTICS[self.options.value("recompute")]
+        gm, records = run(copy(gm), self.joint_inputs, passes.JOINT, self.options.disable)
+        tried: list[Attempt] = []
+        if any(record.fired for record in records):
+            decomposed = self.spelt_out(gm)
+            if thorough and has_preferred(decomposed):
+                tried.append(self.attempt(gm, prefer(decomposed), heuristics))
+            tried.append(self.attempt(gm, decomposed, heuristics))
+        if heuristics is not STOCK and (thorough or not tried or tried[0].bytes >= stock.bytes):
+            tried.append(self.attempt(stock.canonical, plain, heuristics, rewritten=False))
+        best = min([*tried, stock], key=lambda each: each.bytes)
+        if not best.rewritten:
+            take_back(records, "the graph as it was can be cut for fewer bytes")
+
+        if self.options.code is not None:
+            gm = copy(best.canonical)
+            gm.meta[CUT] = Cut(best.halves, self.outputs)
+            codes = [bind(each, scheme=self.options.code) for each in passes.APPROXIMATE]
+            best = self.if_it_pays(best, gm, codes, records, self.spelt_out)
+        mark(best.decomposed, best.halves, self.outputs)
+        return self.if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT, records, merge_equal), records
+
+    def if_it_pays(
+        self,
+        best: Attempt,
+        gm: fx.GraphModule,
+        each: Sequence[Pass],
+        records: list[PassRecord],
+        decomposed: Callable[[fx.GraphModule], fx.GraphModule],
+    ) -> Attempt:
+        gm, more = run(gm, self.joint_inputs, each, self.options.disable)
         records.extend(more)
         if not any(record.fired for record in more):
             return best
-        other = attempt(gm, best.heuristics, decomposed=gm if decomposed else None)
+        other = self.attempt(gm, decomposed(gm), best.heuristics, best.rewritten)
         if other.bytes < best.bytes:
             return other
         take_back(more, "it saves no bytes: something else needs the tensor as it is")
         return best
 
-    gm = keep_overwritten(gm)
-    plain = attempt(copy(gm), heuristics, rewritten=False)
-    gm, records = run(gm, joint_inputs, passes.JOINT, options.disable)
-    changed = any(record.fired for record in records)
-    attempts = [attempt(gm, heuristics), plain] if changed else [plain]
-    if has_preferred(gm):
-        attempts.insert(0, attempt(prefer(gm), heuristics, decomposed=prefer(attempts[0].decomposed)))
-    if heuristics is not STOCK:
-        attempts.append(attempt(plain.canonical, STOCK, rewritten=False, decomposed=plain.decomposed))
-    best = min(attempts, key=lambda each: each.bytes)
-    if not best.rewritten:
-        take_back(records, "the graph as it was can be cut for fewer bytes")
-
-    if options.code is not None:
-        gm = copy(best.canonical)
-        gm.meta[CUT] = Cut(best.halves, outputs)
-        best = if_it_pays(best, gm, [bind(each, scheme=options.code) for each in passes.APPROXIMATE], decomposed=False)
-    mark(best.decomposed, best.halves, outputs)
-    best = if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT, decomposed=True)
-    if not options.planned:
-        return Split(*best.halves, records)
-    stock = attempts[-1].bytes  # that of the plain graph, cut as stock
-    settings = options.settings(stock)
-    if best.bytes <= settings.goal.budget < math.inf:
-        return Split(*best.halves, records)
-    graph = merge_equal(copy(best.decomposed))
-    states = random_state_bytes(best.halves[0], outputs)
-    try:
-        with blamed("plan", graph):
-            planning = Planning(graph, outputs, stock, settings, options.plan, states)
-    except PlanError:
-        if options.code is not None and options.plan is None:  # codes may take what the plan would have made anew
-            return split(plain.canonical, joint_inputs, replace(options, approx_activation="off"), **kwargs)
-        if stock >= SLIGHT or options.memory_budget is None or options.memory_budget > 1 or options.plan is not None:
+    def planned(self, best: Attempt, stock: int) -> tuple[Split | None, list[PassRecord]]:
+        """The graph with a plan in it, none where the exact graph is as good; and what passes did."""
+        options, settings = self.options, self.options.settings(stock)
+        if best.bytes <= settings.goal.budget < math.inf:
+            return None, []
+        graph = copy(best.decomposed)
+        states = random_state_bytes(best.halves[0], self.outputs)
+        try:
+            with blamed("plan", graph):
+                planning = Planning(graph, self.outputs, stock, settings, options.plan, states)
+        except PlanError:
+            fraction = options.memory_budget is not None and options.memory_budget <= 1
+            if options.code is None and options.plan is None and fraction and stock < SLIGHT:
+                return None, []
             raise
-        return Split(*best.halves, records)
-    bound = [bind(each, decisions=planning.decisions, num_fwd_outputs=outputs) for each in passes.PLANNED]
-    gm, more = run(copy(planning.gm), joint_inputs, bound)
-    halves = cut_as_tagged(gm, joint_inputs, **kwargs)
-    found = crossing_bytes(halves[0], outputs)
-    if found > settings.goal.budget:
-        raise PassError(f"the plan saves {planning.plan.bytes:,} bytes, but its graph {found:,}: a bug of the planner")
-    if found >= best.bytes and options.memory_budget is None and options.plan is None:
-        take_back(more, "it saves no bytes: the exact graph saves no more")
-        return Split(*best.halves, [*records, *more])
-    return Split(*halves, [*records, *more], planning)
+        bound = [bind(each, decisions=planning.decisions, num_fwd_outputs=self.outputs) for each in passes.PLANNED]
+        gm, records = run(copy(planning.gm), self.joint_inputs, bound)
+        halves = cut_as_tagged(gm, self.joint_inputs, **self.kwargs)
+        found = crossing_bytes(halves[0], self.outputs)
+        if found > settings.goal.budget:
+            raise PassError(
+                f"the plan saves {planning.plan.bytes:,} bytes, but its graph {found:,}: a bug of the planner"
+            )
+        if found >= best.bytes and options.memory_budget is None and options.plan is None:
+            take_back(records, "it saves no bytes: the exact graph saves no more")
+            return None, records
+        return Split(*halves, records, planning), records

@@ -209,6 +209,19 @@ def test_never_more_bytes_than_without_a_rewrite():
     assert kept[()] <= kept[("share_norm",)]
 
 
+def test_what_is_encoded_is_a_node_in_forward_and_one_in_backward(halves):
+    """Cuts, passes and Inductor go through every node, of every tensor that is encoded."""
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Tanh()) for _ in range(3)]
+    step(nn.Sequential(*layers), (torch.randn(512, 64),), options={"preset": "compressed", "time_slack": 10})
+    step(nn.Sequential(*layers), (torch.randn(512, 64),))
+    encoded, exact = halves
+    own = torch.ops.graphopt
+    for half, without, op in zip(encoded, exact, (own.encode.default, own.decode.default), strict=True):
+        count = len(half.graph.find_nodes(op="call_function", target=op))
+        assert count >= 3
+        assert len(half.graph.nodes) <= len(without.graph.nodes) + 8 * count
+
+
 def test_no_parameter_is_copied_into_the_saved_set(halves):
     model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), MLP("silu")).to(torch.bfloat16)
     step(model, (torch.randn(48, 32, dtype=torch.bfloat16),))
