@@ -2,7 +2,6 @@
 
 share_norm, cut                          four ways; of those that save fewest bytes the first:
                                          rewritten, z preferred · rewritten · as it was · as it was, cut as stock;
-                                         only the second and the last where a plan follows
 approx_activation, if asked for, cut     taken back unless it saves bytes
 pack_mask, cut                           taken back unless it saves bytes
 plan, encode, cut                        where a preset or an option asks for a plan
@@ -89,18 +88,10 @@ class _Splitting:
         self.outputs: int = kwargs["num_fwd_outputs"]
 
     def run(self, gm: fx.GraphModule) -> Split:
-        plain = self.spelt_out(gm)
-        stock = self.attempt(gm, plain, STOCK, rewritten=False)
-        without_plan: list[PassRecord] = []
-        if self.options.planned:
-            # a plan decides what is saved, and takes of a cut little more than the graph
-            best, records = self.exact(gm, plain, stock, thorough=False)
-            found, more = self.planned(best, stock.bytes)
-            if found is not None:
-                return found._replace(records=[*records, *more])
-            without_plan = more
-        best, records = self.exact(gm, plain, stock)
-        return Split(*best.halves, [*records, *without_plan])
+        best, stock, records = self.exact(gm)
+        planned, more = self.planned(best, stock) if self.options.planned else (None, [])
+        records = [*records, *more]
+        return planned._replace(records=records) if planned is not None else Split(*best.halves, records)
 
     def spelt_out(self, canonical: fx.GraphModule) -> fx.GraphModule:
         return merge_equal(run(copy(canonical), self.joint_inputs, (decompose,))[0])
@@ -116,22 +107,19 @@ class _Splitting:
         saved = crossing_bytes(halves[0], self.outputs)
         return Attempt(canonical, decomposed, halves, saved, heuristics, rewritten)
 
-    def exact(
-        self, gm: fx.GraphModule, plain: fx.GraphModule, stock: Attempt, thorough: bool = True
-    ) -> tuple[Attempt, list[PassRecord]]:
-        """The way that saves fewest bytes, with codes and masks packed; and what passes did.
-
-        Unless `thorough`, not all ways are tried, and none that ties what is saved.
-        """
+    def exact(self, gm: fx.GraphModule) -> tuple[Attempt, int, list[PassRecord]]:
+        """The way that saves fewest bytes, with codes and masks packed; stock's bytes; and what passes did."""
         heuristics = HEURISTICS[self.options.value("recompute")]
+        plain = self.spelt_out(gm)
+        stock = self.attempt(gm, plain, STOCK, rewritten=False)
         gm, records = run(copy(gm), self.joint_inputs, passes.JOINT, self.options.disable)
         tried: list[Attempt] = []
         if any(record.fired for record in records):
             decomposed = self.spelt_out(gm)
-            if thorough and has_preferred(decomposed):
-                tried.append(self.attempt(gm, prefer(decomposed), heuristics))
+            if has_preferred(decomposed):
+                tried.append(self.attempt(prefer(gm), prefer(decomposed), heuristics))
             tried.append(self.attempt(gm, decomposed, heuristics))
-        if heuristics is not STOCK and (thorough or not tried or tried[0].bytes >= stock.bytes):
+        if heuristics is not STOCK:
             tried.append(self.attempt(stock.canonical, plain, heuristics, rewritten=False))
         best = min([*tried, stock], key=lambda each: each.bytes)
         if not best.rewritten:
@@ -143,7 +131,8 @@ class _Splitting:
             codes = [bind(each, scheme=self.options.code) for each in passes.APPROXIMATE]
             best = self.if_it_pays(best, gm, codes, records, self.spelt_out)
         mark(best.decomposed, best.halves, self.outputs)
-        return self.if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT, records, merge_equal), records
+        best = self.if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT, records, merge_equal)
+        return best, stock.bytes, records
 
     def if_it_pays(
         self,

@@ -53,7 +53,7 @@ def test_smallest_is_unbiased(name):
         for key, parameter in model.named_parameters():
             mean[key] += (parameter.grad - mean[key]) / draw
         errors[draw] = distance(mean, exact)
-    assert errors[1] > 0.001
+    assert errors[1] > 0.01
     # 1 / sqrt(16) is 1/4; half as much again leaves room for what is of second order in a codec's error of 0.1
     assert errors[16] < 1.5 * errors[1] / 4
 
