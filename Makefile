@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-demo ## train a small model under stock Inductor and un
 test: $(VENV)/.installed-dev ## run the tests, on several cores; ARGS="-n 0" runs them in one process
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadscope $(ARGS)
 
-test-ops: $(VENV)/.installed-dev ## train through every operator of PyTorch's own database, under Inductor too; hours
+test-ops: $(VENV)/.installed-dev ## train through every operator of PyTorch's own database, under Inductor too; an hour
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist load --long tests/breadth/test_operators.py $(ARGS)
 
 test-networks: $(VENV)/.installed-dev ## train 2,000 random networks; an hour

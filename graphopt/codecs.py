@@ -5,8 +5,8 @@
     x_ = codec.decode(parts, x.shape, x.dtype)  # what backward reads
     codec.bytes(numel), codec.error             # its price: bytes, and the relative error |x_ - x| / |x|
 
-Both functions are plain torch, traced into the forward and the backward graph, where Inductor fuses them into the
-kernels around them. Tensors are dense and contiguous; any shape, any float dtype. docs/codecs.md has the figures.
+Both functions are plain torch. In a graph they are an operator each (lowering/codec_ops.py), which Inductor lowers and
+fuses into the kernels around it as it would the formula. Tensors are dense and contiguous; any shape, any float dtype. docs/codecs.md has the figures.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Inductor sees a graph; under `lowmem_eager` the reference runs as it stands.
     rms_norm            y = x * rstd * weight, rstd = rsqrt(mean(x^2) + eps); y in x's dtype, rstd in float32
     rms_norm_backward   dx, dweight; an output that `mask` leaves out is empty
     pack, unpack        small integers <-> one or two bits an element, 16 to a word
+
+The codecs' operators are in codec_ops.py: those stay whole until Inductor meets them.
 """
 
 from __future__ import annotations
