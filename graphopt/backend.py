@@ -3,7 +3,7 @@
 forward graph                  canonicalize
 ─ AOTAutograd ─▶ joint graph   split: share_norm, cut, approx_activation if asked for, pack_mask, plan, encode
 ─▶ forward, backward graphs    lower
-─▶ Inductor, unmodified (`lowmem`), or run as they stand, node by node (`lowmem_eager`)
+─▶ Inductor, to which two lowerings of codecs are known (`lowmem`), or run as they stand, node by node (`lowmem_eager`)
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
     codec.bytes(numel), codec.error             # its price: bytes, and the relative error |x_ - x| / |x|
 
 Both functions are plain torch. In a graph they are an operator each (lowering/codec_ops.py), which Inductor lowers and
-fuses into the kernels around it as it would the formula. Tensors are dense and contiguous; any shape, any float dtype. docs/codecs.md has the figures.
+fuses into the kernels around it as it would the formula. Tensors are dense and contiguous; any shape, any float dtype.
+docs/codecs.md has the figures.
 """
 
 from __future__ import annotations
@@ -196,6 +197,14 @@ def named(name: str) -> Codec:
     if found.name != name:
         raise OptionsError(f"codec {name!r} is not known (did you mean {found.name!r}?)")
     return found
+
+
+def is_named(codec: Codec) -> bool:
+    """Whether `named` finds it by its name, as it does what `codec` makes."""
+    try:
+        return named(codec.name) == codec
+    except OptionsError:
+        return False
 
 
 def within(tolerance: float, group_size: int = 64, rounding: str = "nearest") -> tuple[Codec, ...]:

@@ -5,26 +5,28 @@
 
 A formula is some thirty nodes, and every cut, pass and lowering of a graph would go through those of every tensor that
 is encoded. Inductor meets one node, for which the formula is traced once for all tensors of that layout and lowered in
-its place; it fuses as if it had been spelt out. Wherever else such a graph runs, so does the formula.
+its place; it fuses as if it had been spelt out. Wherever else such a graph runs, so does the formula; in the code of
+Inductor too where sizes are symbolic, but `passes/encode.py` spells out those.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.ir import ExternKernel, TensorBox
-from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.lowering import fallback_handler, fallback_node_due_to_unsupported_type, register_lowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.codecs import named
+from graphopt.errors import OptionsError
 from graphopt.graph import layout
 from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.ops import define
@@ -32,52 +34,65 @@ from graphopt.lowering.ops import define
 AS_STRIDED = torch.ops.aten.as_strided.default
 
 
-def encode(x: Tensor, codec: str, seed: Tensor | None) -> list[Tensor]:
+def _encode(x: Tensor, codec: str, seed: Tensor | None) -> list[Tensor]:
     """The parts to save of x, any shape and float dtype, without the seed; see `Codec.parts`."""
+    if (seed is not None) != named(codec).draws:
+        raise OptionsError(f"codec {codec!r} takes {'a' if named(codec).draws else 'no'} seed")
     return list(named(codec).parts(x, seed))
 
 
-def decode(parts: Sequence[Tensor], shape: Sequence[int], codec: str, dtype: torch.dtype) -> Tensor:
+def _decode(parts: Sequence[Tensor], shape: Sequence[int], codec: str, dtype: torch.dtype) -> Tensor:
     """x_ from all parts, the seed too; see `Codec.decode`."""
     return named(codec).decode(parts, shape, dtype)
 
 
+# with fakes of their own: a formula's thirty operators for every tensor of every graph would take as long as a cut
 define(
-    "encode(Tensor x, str codec, Tensor? seed) -> Tensor[]", encode,
+    "encode(Tensor x, str codec, Tensor? seed) -> Tensor[]", _encode,
     fake=lambda x, codec, seed: named(codec).empty_parts(x),
 )  # fmt: skip
 define(
-    "decode(Tensor[] parts, SymInt[] shape, str codec, ScalarType dtype) -> Tensor", decode,
+    "decode(Tensor[] parts, SymInt[] shape, str codec, ScalarType dtype) -> Tensor", _decode,
     fake=lambda parts, shape, codec, dtype: parts[0].new_empty(shape, dtype=dtype),
 )  # fmt: skip
+ENCODE, DECODE = torch.ops.graphopt.encode.default, torch.ops.graphopt.decode.default
 
 
-@register_lowering(torch.ops.graphopt.encode.default, type_promotion_kind=None)
+@register_lowering(ENCODE, type_promotion_kind=None)
 def _lower_encode(x: Any, codec: str, seed: Any) -> Any:
-    given = [x] if seed is None else [x, seed]
-    return _replay(_traced(_encode_flat, _layouts(), (codec,)), given, saved=True)
+    node_x, _, node_seed = V.graph.current_node.args
+    layouts = _layouts([node_x] if seed is None else [node_x, node_seed])
+    if layouts is None:
+        return _called(ENCODE, x, codec, seed)
+    gm = _traced(_encoded, layouts, (codec,))
+    return list(_replay(gm, [x] if seed is None else [x, seed], saved=True))
 
 
-@register_lowering(torch.ops.graphopt.decode.default, type_promotion_kind=None)
+@register_lowering(DECODE, type_promotion_kind=None)
 def _lower_decode(parts: Any, shape: Any, codec: str, dtype: torch.dtype) -> Any:
-    return _replay(_traced(_decode_flat, _layouts(), (tuple(map(int, shape)), codec, dtype)), parts, saved=False)
+    layouts = _layouts(V.graph.current_node.args[0])
+    if layouts is None or any(not str(size).isdigit() for size in shape):
+        return _called(DECODE, parts, shape, codec, dtype)
+    return _replay(_traced(_decode, layouts, (tuple(map(int, shape)), codec, dtype)), parts, saved=False)
 
 
-def _encode_flat(tensors: Sequence[Tensor], codec: str) -> tuple[Tensor, ...]:
-    return tuple(encode(tensors[0], codec, tensors[1] if len(tensors) > 1 else None))
+def _called(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operator that Inductor calls as it is."""
+    return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
-def _decode_flat(tensors: Sequence[Tensor], shape: Sequence[int], codec: str, dtype: torch.dtype) -> Tensor:
-    return decode(tensors, shape, codec, dtype)
+def _encoded(tensors: Sequence[Tensor], codec: str) -> list[Tensor]:
+    return _encode(tensors[0], codec, tensors[1] if len(tensors) > 1 else None)
 
 
-def _layouts() -> tuple[Any, ...]:
-    """Those of the tensors that the node which Inductor is at reads."""
-    return tuple(layout(node.meta["val"]) for node in V.graph.current_node.all_input_nodes)
+def _layouts(nodes: Any) -> tuple[Any, ...] | None:
+    found = tuple(layout(node.meta["val"]) for node in nodes)
+    return None if None in found else found
 
 
-@cache
+@lru_cache(1024)
 def _traced(function: Callable[..., Any], layouts: tuple[Any, ...], rest: tuple[Any, ...]) -> fx.GraphModule:
+    """The formula's graph; it does not depend on Inductor's settings, for it draws nothing."""
     with FakeTensorMode(), enable_python_dispatcher(), torch.no_grad():
         given = [_empty(*each) for each in layouts]
         return make_fx(lambda *tensors: function(tensors, *rest), decomposition_table=inductor_table())(*given)
@@ -88,11 +103,14 @@ def _empty(dims: int, sizes: Sequence[int], dtype: torch.dtype, device: torch.de
 
 
 def _replay(gm: fx.GraphModule, given: Sequence[Any], saved: bool) -> Any:
-    """Lower a graph node by node on Inductor's tensors, by what Inductor's own loop does for such operators.
+    """Lower a formula on Inductor's tensors, in the middle of Inductor's own loop over the nodes around it.
 
-    That writes down what is `saved` at once, so that what is computed from it reads it there.
+    What is `saved` is written down at once, so that what is computed from it reads it there; what is decoded is left
+    for its reader's kernel. Of what the loop does for a node (`GraphLowering.run_node`) the rest is for operators that
+    a formula has none of, or is done for the node that the formula stands for: its origins, its users, its strides. A
+    formula's last operator has no readers here, so a concatenation is written slice by slice, as is wanted.
     """
-    env: dict[Any, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), given))
+    env: dict[Any, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), given, strict=True))
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
@@ -101,7 +119,10 @@ def _replay(gm: fx.GraphModule, given: Sequence[Any], saved: bool) -> Any:
             env[node] = operator.getitem(*args)
             continue
         with V.graph.set_current_node(node), V.set_current_node(node):
-            result = lowerings[node.target](*args, **kwargs)
+            if fallback_node_due_to_unsupported_type(node):  # a dtype that the device's code generator lacks
+                result = _called(node.target, *args, **kwargs)
+            else:
+                result = V.graph.call_function(node.target, args, kwargs)
         if isinstance(result, TensorBox):
             if any((saved and user.op == "output") or user.target is AS_STRIDED for user in node.users):
                 result = ExternKernel.require_exact_strides(result, node.meta["val"].stride())
@@ -110,5 +131,4 @@ def _replay(gm: fx.GraphModule, given: Sequence[Any], saved: bool) -> Any:
             if result.has_exceeded_max_reads():
                 result.realize_hint()
         env[node] = result
-    results = gm.graph.output_node().args[0]
-    return list(map(env.__getitem__, results)) if isinstance(results, (tuple, list)) else env[results]
+    return fx.map_arg(gm.graph.output_node().args[0], env.__getitem__)

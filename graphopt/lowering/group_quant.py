@@ -131,7 +131,7 @@ def _ungroup(values: Tensor, shape: Sequence[int]) -> Tensor:
     """[groups, group] -> the values of `shape`, without what the last group was filled with."""
     numel = math.prod(shape)
     whole = statically_known_true(numel % values.shape[1] == 0)
-    return (values if whole else values.view(-1)[:numel]).view(shape)
+    return (values if whole else values.view(-1).narrow(0, 0, numel)).view(shape)
 
 
 def _scale(magnitude: Tensor) -> Tensor:

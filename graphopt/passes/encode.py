@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.codecs import MASK, Codec
+from graphopt.codecs import MASK, Codec, is_named
 from graphopt.graph import (
     ENCODED,
     Traced,
@@ -31,13 +31,12 @@ from graphopt.graph import (
     place_behind,
     splice,
 )
-from graphopt.lowering import codec_ops, random  # noqa: F401  (codec_ops registers encode and decode)
+from graphopt.lowering import random
+from graphopt.lowering.codec_ops import DECODE, ENCODE
 from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.random import fuse_seeds
 from graphopt.pipeline import fired
 from graphopt.plan import KEEP, RECOMPUTE
-
-own = torch.ops.graphopt
 
 
 def encode(
@@ -82,9 +81,9 @@ def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]
         if not whole:
             return codec.encode(x)
         if not codec.draws:
-            return tuple(own.encode(x, codec.name, None))
+            return tuple(ENCODE(x, codec.name, None))
         seed = random.seed(x.device)
-        return *own.encode(x, codec.name, seed), seed
+        return *ENCODE(x, codec.name, seed), seed
 
     result = splice(
         node.graph, place_behind(node), encode, (node,), like=node,
@@ -97,8 +96,8 @@ def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]
 
 
 def _is_whole(codec: Codec, node: fx.Node) -> bool:
-    """Whether a codec is one operator in the graph: where sizes are numbers. Masks have operators of their own."""
-    return codec is not MASK and layout(node.meta["val"]) is not None
+    """Whether a codec is one operator in the graph: where its name says what it is, and sizes are numbers."""
+    return is_named(codec) and codec is not MASK and layout(node.meta["val"]) is not None
 
 
 def _memo(traced: Traced, direction: str, codec: Codec, node: fx.Node) -> tuple[Traced, object] | None:
@@ -169,7 +168,7 @@ class _Backward:
         def decode(value: Tensor, *parts: Tensor) -> Tensor:
             # of the value itself only sizes are read, which are saved as numbers
             shape = [value.shape[dim] for dim in order]
-            x = own.decode(parts, shape, codec.name, value.dtype) if whole else codec.decode(parts, shape, value.dtype)
+            x = DECODE(parts, shape, codec.name, value.dtype) if whole else codec.decode(parts, shape, value.dtype)
             return x.permute(inverse(order))
 
         last = before.prev

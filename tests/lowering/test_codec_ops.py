@@ -1,10 +1,14 @@
 """graphopt::encode and decode: their formulas, whatever runs them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from graphopt.codecs import CODECS, codec, named
+from graphopt.codecs import CODECS, Codec, codec, is_named, named
+from graphopt.errors import OptionsError
 from graphopt.lowering import codec_ops  # noqa: F401  (registers the operators)
 
 own = torch.ops.graphopt
@@ -32,13 +36,54 @@ def test_the_operators_are_the_formulas(name, shape):
     torch.library.opcheck(own.decode.default, (given, shape, name, x.dtype), test_utils="test_faketensor")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(24, 128), (3, 5, 37)], ids=str)
-def test_inductor_makes_the_same_codes_and_values(shape):
-    def function(x, seed):
-        return [each for name in NAMES for each in through(x * 2, name, seed)]
+def test_a_seed_is_for_what_draws():
+    x = torch.randn(64)
+    with pytest.raises(OptionsError, match="takes no seed"):
+        own.encode(x, "int8", SEED)
+    with pytest.raises(OptionsError, match="takes a seed"):
+        own.encode(x, "int8-unbiased", None)
 
-    x = torch.randn(shape).bfloat16()
-    found, codes = run_and_get_code(torch.compile(function, fullgraph=True), x, SEED)
-    assert "torch.ops.graphopt" not in "".join(codes)  # spelt out, not called
-    assert all(torch.equal(one, other) for one, other in zip(found, function(x, SEED), strict=True))
+
+def test_a_codec_of_ones_own_is_not_taken_for_the_one_of_its_name():
+    assert all(is_named(named(name)) for name in NAMES)
+    assert not is_named(Codec("mine", 8, 0.005, group=32))
+    assert not is_named(replace(CODECS["int8"], group=32))
+
+
+@pytest.mark.parametrize("settings", [{"disable_cpp_codegen": True}, {}], ids=str)
+def test_inductor_calls_what_it_cannot_generate(settings):
+    """Where the code generator is off, or sizes are symbolic."""
+    x, dynamic = torch.randn(24, 128), not settings
+    with inductor_config.patch(settings):
+        compiled = torch.compile(lambda x: through(x * 2, "int8", None), dynamic=dynamic, fullgraph=True)
+        found, codes = run_and_get_code(compiled, x)
+    assert ("torch.ops.graphopt.encode.default(" in codes[0]) == dynamic
+    assert ("cpp_fused" in codes[0]) == dynamic
+    assert all(torch.equal(one, other) for one, other in zip(found, through(x * 2, "int8", None), strict=True))
+
+
+def test_parts_may_be_one_tensor():
+    codes, low = torch.randint(255, (4, 64), dtype=torch.uint8), torch.rand(4, 1).bfloat16()
+    arguments = ([codes, low, low], [4, 64], "int8-asymmetric", torch.float32)
+    found = torch.compile(lambda codes, low: own.decode([codes, low, low], *arguments[1:]))(codes, low)
+    torch.testing.assert_close(found, own.decode(*arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(24, 128), (3, 5, 37)], ids=str)
+def test_inductor_makes_the_same_codes_and_values(shape, dtype):
+    def encode(x, seed):
+        return [own.encode((x * 2).transpose(0, 1), name, seed if named(name).draws else None) for name in NAMES]
+
+    def decode(parts, seed):
+        given = [[*each, seed] if named(name).draws else each for name, each in zip(NAMES, parts)]
+        return [own.decode(each, shape, name, dtype) for name, each in zip(NAMES, given)]
+
+    x = torch.randn(shape).to(dtype)
+    x[0, 0], x[-1, -1] = torch.nan, torch.inf
+    parts, codes = run_and_get_code(torch.compile(encode, fullgraph=True), x, SEED)
+    values, more = run_and_get_code(torch.compile(decode, fullgraph=True), parts, SEED)
+    assert "torch.ops.graphopt" not in "".join(codes + more)  # spelt out, not called
+    torch.testing.assert_close(parts, encode(x, SEED), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(values, decode(parts, SEED), rtol=0, atol=0, equal_nan=True)
