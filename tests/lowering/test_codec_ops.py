@@ -70,8 +70,7 @@ def test_parts_may_be_one_tensor():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(24, 128), (3, 5, 37)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [((24, 128), torch.float32), ((3, 5, 37), torch.bfloat16)], ids=str)
 def test_inductor_makes_the_same_codes_and_values(shape, dtype):
     def encode(x, seed):
         return [own.encode((x * 2).transpose(0, 1), name, seed if named(name).draws else None) for name in NAMES]
