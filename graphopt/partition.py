@@ -92,6 +92,7 @@ def cut_as_tagged(gm: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd
 
     The tag alone holds only for what forward computes in any case, so they pass for outputs of forward meanwhile.
     """
+    _leave_to_forward(gm.graph, num_fwd_outputs)
     output, tag = gm.graph.output_node(), CheckpointPolicy.MUST_SAVE
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     tagged = [node for node in gm.graph.nodes if node.meta.get("recompute") == tag and tensor(node) is not None]
@@ -141,6 +142,24 @@ def draw_once(graph: fx.Graph) -> None:
         if is_random(node) and not node.users and in_checkpoint(node):
             del node.meta["recompute"]
             node.meta["partitioner_tag"] = "must_be_in_forward"
+
+
+def _leave_to_forward(graph: fx.Graph, num_fwd_outputs: int) -> None:
+    """Free what a checkpointed region computes and backward does not read, all that it reads of it being saved.
+
+    The cut would run it in backward again, for nothing, and save what it is computed from.
+    """
+    results: Sequence[Any] = graph.output_node().args[0]  # type: ignore[assignment]
+    backward = after_tangents(graph) | {node for node in results[num_fwd_outputs:] if isinstance(node, fx.Node)}
+    read, saved = set(backward), CheckpointPolicy.MUST_SAVE
+    for node in reversed(graph.nodes):
+        if any(user in backward or (user in read and user.meta.get("recompute") != saved) for user in node.users):
+            read.add(node)
+    for node in graph.nodes:
+        if in_checkpoint(node) and node not in read:
+            del node.meta["recompute"]
+            if is_random(node):
+                node.meta["partitioner_tag"] = "must_be_in_forward"
 
 
 def keep_overwritten(gm: fx.GraphModule) -> fx.GraphModule:

@@ -37,6 +37,7 @@ DRAWN = {
 }
 # what approximate presets may change of the gradient; a step in the wrong direction has 1.4
 ERRORS = {"paper": 0.99, "compressed": 0.05, "smallest": 0.7, "budget": 0.7, "two bits": 10.0}
+ASKED = 3  # what torch saves between checkpointed regions is known only once a plan was cut, and then named
 ROUNDINGS = 8  # a formula in another form, a few operators in a row
 ORDER = 3  # two orders of the same roundings: neither is nearer to the exact value by more than a factor
 
@@ -106,15 +107,18 @@ def violations(network: Network, preset: str, backend: Any = "lowmem_eager") -> 
         options |= DRAWN[preset]  # codecs that draw seeds would give a model under fallback_random other masks
     torch._dynamo.reset()
     with patch.object(split, "SLIGHT", 0):  # a budget is a budget, though networks are small
-        try:
-            found = step(network, backend, options=options)
-        except PlanError as error:
-            least = re.search(r"cannot be reached; the least is ([\d,]+) bytes", str(error))
-            if not least:
-                return [f"PlanError: {error}"]
-            options["memory_budget"] = max(2, int(least[1].replace(",", "")))  # 1 is all of it
-            torch._dynamo.reset()
-            found = step(network, backend, options=options)
+        for _ in range(ASKED):
+            try:
+                found = step(network, backend, options=options)
+                break
+            except PlanError as error:
+                least = re.search(r"cannot be reached; the least is ([\d,]+) bytes", str(error))
+                if not least:
+                    return [f"PlanError: {error}"]
+                options["memory_budget"] = max(2, int(least[1].replace(",", "")))  # 1 is all of it
+                torch._dynamo.reset()
+        else:
+            return ["the least that an error names cannot be reached"]
     eps = torch.finfo(torch.bfloat16 if network.autocast else torch.float32).eps
     broken = []
     if (apart := _apart(found.outputs, eager.outputs)) > _rounding(eager.outputs, precise.outputs, eps):
