@@ -1,7 +1,7 @@
 """split(): a joint graph -> forward and backward, rewritten wherever that saves bytes.
 
 share_norm, cut                          four ways; of those that save fewest bytes the first:
-                                         rewritten, z preferred · rewritten · as it was · as it was, cut as stock;
+                                         rewritten, z preferred · rewritten · as it was · as it was, cut as stock
 approx_activation, if asked for, cut     taken back unless it saves bytes
 pack_mask, cut                           taken back unless it saves bytes
 plan, encode, cut                        where a preset or an option asks for a plan

@@ -34,7 +34,6 @@ from graphopt.graph import (
 from graphopt.lowering import random
 from graphopt.lowering.codec_ops import DECODE, ENCODE
 from graphopt.lowering.decompose import inductor_table
-from graphopt.lowering.random import fuse_seeds
 from graphopt.pipeline import fired
 from graphopt.plan import KEEP, RECOMPUTE
 
@@ -67,7 +66,7 @@ def encode(
                 if each not in after:
                     node.replace_input_with(each, backward.of(each, node))
     _redirect_gradients(graph.output_node(), num_fwd_outputs, after, backward)
-    fuse_seeds(gm)
+    random.fuse_seeds(gm)
     graph.eliminate_dead_code()
     gm.recompile()
     return gm
