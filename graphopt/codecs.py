@@ -120,7 +120,7 @@ class Bits(Codec):
     def bytes(self, numel: int) -> int:
         return math.ceil(numel / WORD) * WORDS[1].itemsize
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def parts(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
         return (torch.ops.graphopt.pack(x, 1),)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:

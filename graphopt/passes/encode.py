@@ -77,12 +77,9 @@ def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]
 
     def encode(x: Tensor) -> tuple[Tensor, ...]:
         x = x.permute(order)
-        if not whole:
-            return codec.encode(x)
-        if not codec.draws:
-            return tuple(ENCODE(x, codec.name, None))
-        seed = random.seed(x.device)
-        return *ENCODE(x, codec.name, seed), seed
+        seed = random.seed(x.device) if codec.draws else None
+        parts = ENCODE(x, codec.name, seed) if whole else codec.parts(x, seed)
+        return tuple(parts) if seed is None else (*parts, seed)
 
     result = splice(
         node.graph, place_behind(node), encode, (node,), like=node,
