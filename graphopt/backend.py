@@ -8,9 +8,11 @@ forward graph                  canonicalize
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,23 @@ from graphopt.pipeline import run
 from graphopt.split import split
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cyclic garbage collector, which would walk all of a process's objects many times while one compiles.
+
+    Graphs are large, and live until they are compiled: it finds little to free for a tenth of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @loud
+@_uncollected()
 def lowmem(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -64,6 +82,7 @@ lowmem.reset = _reset  # type: ignore[attr-defined]  # what torch._dynamo.reset(
 
 
 @loud
+@_uncollected()
 def lowmem_eager(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -99,6 +118,7 @@ class Partitioner(CustomPartitionerFn):
         return f"{_sources()}-{self.options!r}"
 
 
+@_uncollected()
 def _inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     # a graph without gradients never met the partitioner, so its canonical operators are still whole; once spelt out,
     # Inductor's own table is the right one, and the only one that its cache has a key for

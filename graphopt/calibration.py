@@ -28,11 +28,12 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt import passes
 from graphopt.codecs import Codec, codec
+from graphopt.crossing import Halves
 from graphopt.errors import CaptureError, OptionsError, PlanError
 from graphopt.graph import copy, owners
 from graphopt.lowering.decompose import tracing_table
 from graphopt.options import Options, parse
-from graphopt.partition import Halves, cut_as_tagged
+from graphopt.partition import cut_as_tagged
 from graphopt.pipeline import bind, run
 from graphopt.plan import KEEP, RECOMPUTE, Plan
 from graphopt.plan.make import Planning

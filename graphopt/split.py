@@ -17,25 +17,20 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from graphopt import passes
+from graphopt.crossing import CUT, Cut, Halves, crossing_bytes, mark, random_state_bytes
 from graphopt.errors import PassError, PlanError
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose
 from graphopt.options import Options
 from graphopt.partition import (
-    CUT,
     HEURISTICS,
     STOCK,
-    Cut,
-    Halves,
-    crossing_bytes,
     cut,
     cut_as_tagged,
     has_preferred,
     keep_overwritten,
-    mark,
     merge_equal,
     prefer,
-    random_state_bytes,
 )
 from graphopt.pipeline import Pass, PassRecord, bind, blamed, run, take_back
 from graphopt.plan.make import Planning

@@ -10,9 +10,9 @@ from training import EXACT, distance, step
 
 import graphopt
 from graphopt import backend
+from graphopt.crossing import crossing
 from graphopt.graph import storage_bytes
 from graphopt.options import PRESETS
-from graphopt.partition import crossing
 
 EXPENSIVE = ("mm", "convolution", "scaled_dot_product", "rand", "bernoulli", "sort", "cumsum", "embedding")
 

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import CheckpointPolicy
 
+from graphopt.crossing import CUT, Cut
 from graphopt.errors import OptionsError
 from graphopt.graph import (
     ORIGIN,
@@ -44,7 +45,6 @@ from graphopt.lowering.codes import BITS, SCHEMES, Code, encode, slope
 from graphopt.lowering.decompose import CANONICAL, inductor_table
 from graphopt.lowering.formulas import WORD, WORDS, compute_dtype
 from graphopt.lowering.random import fuse_seeds, uniform
-from graphopt.partition import CUT, Cut
 from graphopt.pipeline import fired, left_alone
 
 aten, own = torch.ops.aten, torch.ops.graphopt

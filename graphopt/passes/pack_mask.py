@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from graphopt.crossing import IN_BACKWARD, SAVED
 from graphopt.graph import (
     after_tangents,
     copy_node,
@@ -25,7 +26,6 @@ from graphopt.graph import (
     tensor,
 )
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
-from graphopt.partition import IN_BACKWARD, SAVED
 from graphopt.pipeline import fired, left_alone
 
 own = torch.ops.graphopt

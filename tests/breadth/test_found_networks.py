@@ -33,6 +33,14 @@ FOUND = {
     "a maximum of a maximum": (
         Network((Step("join", 3, 1, 3, again=True),), tokens=1, width=64, trained=True), "exact",
     ),
+    # what is compared for equality was not made anew, though the cut saved what the comparison answers
+    "a maximum of which the comparison is saved": (
+        Network((
+            Step("detach", 2, 1, 5, returned=True), Step("buffer", 2, 3, 15), Step("checkpoint", 3, 3, 16, True),
+            Step("activation", 0, 3, 6), Step("norm", 0, 1, 22, returned=True), Step("view", 2, 0, 19),
+            Step("lookup", 2, 1, 14), Step("join", 0, 3, 14),
+        ), batch=3, tokens=7, width=8, trained=True, dynamic=True), "exact",
+    ),
 }  # fmt: skip
 
 
