@@ -33,24 +33,25 @@ from graphopt.options import Options, parse
 from graphopt.pipeline import run
 from graphopt.split import split
 
+NEVER = 2**31 - 1  # collections of the middle generation before a full one
+
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the cyclic garbage collector, which would walk all of a process's objects many times while one compiles.
+def _young_garbage_only() -> Iterator[None]:
+    """Without full runs of the garbage collector, each of which walks all objects of the process.
 
-    Graphs are large, and live until they are compiled: it finds little to free for a tenth of the time.
+    Compiling makes so many objects, and keeps them until its end, that they take a tenth of its time and find little.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    before = gc.get_threshold()
+    gc.set_threshold(*before[:2], NEVER)
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        gc.set_threshold(*before)
 
 
 @loud
-@_uncollected()
+@_young_garbage_only()
 def lowmem(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -82,7 +83,7 @@ lowmem.reset = _reset  # type: ignore[attr-defined]  # what torch._dynamo.reset(
 
 
 @loud
-@_uncollected()
+@_young_garbage_only()
 def lowmem_eager(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -118,7 +119,7 @@ class Partitioner(CustomPartitionerFn):
         return f"{_sources()}-{self.options!r}"
 
 
-@_uncollected()
+@_young_garbage_only()
 def _inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     # a graph without gradients never met the partitioner, so its canonical operators are still whole; once spelt out,
     # Inductor's own table is the right one, and the only one that its cache has a key for

@@ -5,8 +5,9 @@
 
 A formula is some thirty nodes, and every cut, pass and lowering of a graph would go through those of every tensor that
 is encoded. Inductor meets one node, for which the formula is traced once for all tensors of that layout and lowered in
-its place; it fuses as if it had been spelt out. Wherever else such a graph runs, so does the formula; in the code of
-Inductor too where sizes are symbolic, but `passes/encode.py` spells out those.
+its place; it fuses as if it had been spelt out, or is a function that alike tensors share (`_is_apart`). Wherever else
+such a graph runs, so does the formula; in the code of Inductor too where sizes are symbolic, but `passes/encode.py`
+spells out those.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._inductor.ir import ExternKernel, TensorBox
-from torch._inductor.lowering import fallback_handler, fallback_node_due_to_unsupported_type, register_lowering
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import ExternKernel, InvokeSubgraph, Subgraph, TensorBox, is_storage_and_layout
+from torch._inductor.lowering import fallback_handler, fallback_node_due_to_unsupported_type, register_lowering, view
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -61,11 +65,13 @@ ENCODE, DECODE = torch.ops.graphopt.encode.default, torch.ops.graphopt.decode.de
 @register_lowering(ENCODE, type_promotion_kind=None)
 def _lower_encode(x: Any, codec: str, seed: Any) -> Any:
     node_x, _, node_seed = V.graph.current_node.args
-    layouts = _layouts([node_x] if seed is None else [node_x, node_seed])
+    nodes: Any = [node_x] if seed is None else [node_x, node_seed]
+    given, layouts = [x] if seed is None else [x, seed], _layouts(nodes)
     if layouts is None:
         return _called(ENCODE, x, codec, seed)
-    gm = _traced(_encoded, layouts, (codec,))
-    return list(_replay(gm, [x] if seed is None else [x, seed], saved=True))
+    if _is_apart(x, nodes[0].meta["val"]):
+        return _apart([node.meta["val"] for node in nodes], codec, given)
+    return list(_replay(_traced(_encoded, layouts, (codec,)), given, saved=True))
 
 
 @register_lowering(DECODE, type_promotion_kind=None)
@@ -74,6 +80,38 @@ def _lower_decode(parts: Any, shape: Any, codec: str, dtype: torch.dtype) -> Any
     if layouts is None or any(not str(size).isdigit() for size in shape):
         return _called(DECODE, parts, shape, codec, dtype)
     return _replay(_traced(_decode, layouts, (tuple(map(int, shape)), codec, dtype)), parts, saved=False)
+
+
+def _is_apart(x: Any, fake: Tensor) -> bool:
+    """Whether encoding is a function of the generated code, which all tensors of one size share, and no fused kernel.
+
+    So it is on a CPU for what a matrix product or another such kernel has written to memory: nothing is lost, and a
+    C++ compiler takes long over a kernel for each tensor. On a GPU a kernel less counts for more. Inductor's C++
+    wrappers have no such functions.
+    """
+    dense = fake.is_contiguous() and fake.numel() > 0
+    return dense and fake.device.type == "cpu" and is_storage_and_layout(x) and not V.graph.cpp_wrapper
+
+
+_encoders: WeakKeyDictionary[GraphLowering, dict[Any, Subgraph]] = WeakKeyDictionary()  # of the code generated so far
+
+
+def _apart(fakes: Sequence[Tensor], codec: str, given: Sequence[Any]) -> list[TensorBox]:
+    """Call the function that encodes so many values; the first call makes it.
+
+    It is what Inductor makes of `torch.compiler.nested_compile_region`, whose node stands in for ours meanwhile.
+    """
+    flat, known = [fakes[0].view(-1), *fakes[1:]], _encoders.setdefault(V.graph, {})
+    key = layout(flat[0]), codec
+    if key not in known:
+        gm = _traced(_encoded, tuple(map(layout, flat)), (codec,))
+        known[key] = Subgraph(name=f"encode_{len(known)}", graph_module=gm)
+    x: Any = ExternKernel.require_contiguous(given[0])
+    call = fx.Graph().call_function(invoke_subgraph)
+    call.meta["eager_input_vals"] = (None, None, *flat), {}
+    with V.graph.set_current_node(call):
+        parts = InvokeSubgraph.create(known[key], view(x, flat[0].shape), *given[1:])
+    return [TensorBox.create(part) for part in parts]
 
 
 def _called(op: Any, *args: Any, **kwargs: Any) -> Any:

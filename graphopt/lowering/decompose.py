@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 
-from graphopt.graph import ORIGIN, Traced, layout, outputs_of, splice, tensor
+from graphopt.graph import ORIGIN, outputs_of
 from graphopt.lowering import formulas, ops
+from graphopt.splicing import Traced, alike, splice
 
 aten, own = torch.ops.aten, torch.ops.graphopt
 
@@ -57,18 +57,12 @@ def decompose(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.G
 
 def inline(graph: fx.Graph, node: fx.Node, rule: Callable[..., Any], traced: Traced | None = None) -> None:
     """Put the nodes of `rule` in the place of one node; what was `traced` before is not traced again."""
-    result = splice(graph, node, lambda args, kwargs: rule(*args, **kwargs), (node.args, node.kwargs), like=node,
-                    decompositions=inductor_table(), memo=_memo(traced, node))  # fmt: skip
+    given = node.args, node.kwargs
+    result = splice(
+        graph, node, lambda args, kwargs: rule(*args, **kwargs), given, like=node, decompositions=inductor_table(),
+        memo=None if traced is None else alike(traced, node.target, given),
+    )  # fmt: skip
     replace(node, result)
-
-
-def _memo(traced: Traced | None, node: fx.Node) -> tuple[Traced, object] | None:
-    """Layers are alike: what differs in nothing but its tensors' values is traced once."""
-    leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
-    shared = [(layout(value),) if (value := tensor(leaf)) is not None else (type(leaf), leaf) for leaf in leaves]
-    if traced is None or any(each == (None,) or isinstance(each[-1], fx.Node) for each in shared):
-        return None
-    return traced, (node.target, str(structure), *shared)
 
 
 def replace(node: fx.Node, result: Any) -> None:

@@ -19,9 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from graphopt.codecs import MASK, Codec, is_named
 from graphopt.graph import (
     ENCODED,
-    Traced,
     after_tangents,
-    copy_node,
     in_checkpoint,
     inverse,
     layout,
@@ -29,13 +27,13 @@ from graphopt.graph import (
     operator_name,
     owners,
     place_behind,
-    splice,
 )
 from graphopt.lowering import random
 from graphopt.lowering.codec_ops import DECODE, ENCODE
 from graphopt.lowering.decompose import inductor_table
 from graphopt.pipeline import fired
 from graphopt.plan import KEEP, RECOMPUTE
+from graphopt.splicing import Traced, copy_node, splice
 
 
 def encode(

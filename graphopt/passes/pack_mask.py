@@ -14,19 +14,10 @@ import torch
 from torch import fx
 
 from graphopt.crossing import IN_BACKWARD, SAVED
-from graphopt.graph import (
-    after_tangents,
-    copy_node,
-    in_backward,
-    in_checkpoint,
-    inverse,
-    memory_order,
-    nbytes,
-    splice,
-    tensor,
-)
+from graphopt.graph import after_tangents, in_backward, in_checkpoint, inverse, memory_order, nbytes, tensor
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.pipeline import fired, left_alone
+from graphopt.splicing import copy_node, splice
 
 own = torch.ops.graphopt
 SMALLEST = 128  # bytes

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt.graph import copy_node, tensor
+from graphopt.graph import tensor
+from graphopt.splicing import copy_node
 
 aten, prims = torch.ops.aten, torch.ops.prims
 HALF = (torch.bfloat16, torch.float16)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.graph import after_tangents, in_checkpoint, outputs_of, splice
+from graphopt.graph import after_tangents, in_checkpoint, outputs_of
 from graphopt.lowering import formulas, ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.lowering.decompose import inductor_table, replace
 from graphopt.partition import PREFERRED
 from graphopt.passes.readers import CASTS, Readers, WeightGradient, packet
 from graphopt.pipeline import fired, left_alone
+from graphopt.splicing import Traced, alike, splice
 
 aten, own = torch.ops.aten, torch.ops.graphopt
 BACKWARD = {
@@ -60,7 +61,7 @@ def share_norm(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.
 
     Exact up to rounding, for any float dtype; statistics, sums and the parameters' gradients are float32 inside.
     """
-    graph = gm.graph
+    graph, traced = gm.graph, Traced()
     for node in [node for node in graph.nodes if node.target in BACKWARD]:
         norm = _norm(node)
         if isinstance(norm, str):
@@ -73,7 +74,7 @@ def share_norm(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.
         if not readers.smooth and readers.dtype() != formulas.compute_dtype(norm.dtype):
             left_alone(node, "its output is compared or clamped further on, which backward must see unrounded")
             continue
-        fired(node, _share(graph, norm, readers))
+        fired(node, _share(graph, norm, readers, traced))
     graph.eliminate_dead_code()
     gm.recompile()
     return gm
@@ -92,22 +93,26 @@ def _norm(forward: fx.Node) -> Norm | str:
     return Norm(forward, readers.pop(), outputs[0], x, weight, bias[0] if bias else None, len(shape), eps)  # type: ignore[arg-type]
 
 
-def _share(graph: fx.Graph, norm: Norm, readers: Readers) -> str:
+def _share(graph: fx.Graph, norm: Norm, readers: Readers, traced: Traced) -> str:
     """Rewrite one norm; the answer says what reads z now."""
     z_dtype, table = readers.dtype(), inductor_table()
+    given = norm.x, norm.weight, norm.bias
     y, z, rstd = splice(
         graph, norm.forward,
         lambda x, weight, bias: formulas.norm(x, norm.ndim, weight, bias, norm.eps, norm.centred, z_dtype),
-        (norm.x, norm.weight, norm.bias), like=norm.forward, decompositions=table,
+        given, like=norm.forward, decompositions=table,
+        memo=alike(traced, ("norm", norm.ndim, norm.eps, norm.centred, z_dtype), given),
     )  # fmt: skip
+    read = norm.backward.args[0], z, rstd, norm.weight
     gradients = splice(
         graph, norm.backward,
         lambda grad, z, rstd, w: formulas.norm_backward(grad, z, rstd, w, norm.ndim, norm.centred, norm.dtype),
-        (norm.backward.args[0], z, rstd, norm.weight), like=norm.backward, decompositions=table,
+        read, like=norm.backward, decompositions=table,
+        memo=alike(traced, ("norm_backward", norm.ndim, norm.centred, norm.dtype), read),
     )  # fmt: skip
     if norm.x.op != "placeholder":
         _prefer(z)
-    text = _redirect(graph, norm, readers, z)
+    text = _redirect(graph, norm, readers, z, traced)
     replace(norm.backward, gradients)
     norm.y.replace_all_uses_with(y)
     return f"backward reads z ({str(z_dtype).removeprefix('torch.')}) instead of the norm's input{text}"
@@ -123,13 +128,13 @@ def _prefer(z: fx.Node) -> None:
     source.meta[PREFERRED] = True  # type: ignore[union-attr]
 
 
-def _redirect(graph: fx.Graph, norm: Norm, readers: Readers, z: fx.Node) -> str:
+def _redirect(graph: fx.Graph, norm: Norm, readers: Readers, z: fx.Node, traced: Traced) -> str:
     """Let backward's readers of y read z, or y made anew from z."""
     gradients = readers.weight_gradients() if norm.ndim == 1 and norm.weight is not None else None
     if gradients and _rescaling_pays(gradients):
         links = readers.copy(z)
         for each in gradients:
-            _rescale(graph, norm, each, links[each.y])
+            _rescale(graph, norm, each, links[each.y], traced)
         return f", and so does the gradient of {_count(len(gradients), 'weight')}"
     if not readers.backward:
         return ""
@@ -159,7 +164,7 @@ def _rescaling_pays(gradients: list[WeightGradient]) -> bool:
     return statically_known_true(written <= gradients[0].tokens)
 
 
-def _rescale(graph: fx.Graph, norm: Norm, gradient: WeightGradient, z: fx.Node) -> None:
+def _rescale(graph: fx.Graph, norm: Norm, gradient: WeightGradient, z: fx.Node, traced: Traced) -> None:
     """dW = (g^T z) diag(weight) + (sum g) (x) bias in the place of one dW = g^T y."""
     product = gradient.product
     dtype = product.meta["val"].dtype
@@ -175,7 +180,9 @@ def _rescale(graph: fx.Graph, norm: Norm, gradient: WeightGradient, z: fx.Node) 
         return (dweight if bias is None else dweight + bias[:, None] * grad.sum(0, True, dtype=compute)).to(dtype)
 
     arguments: tuple[Any, ...] = (gradient.grad, z, norm.weight, norm.bias)
-    result = splice(graph, product, rows if gradient.rows_first else columns, arguments, like=product,
-                    decompositions=inductor_table())  # fmt: skip
+    result = splice(
+        graph, product, rows if gradient.rows_first else columns, arguments, like=product,
+        decompositions=inductor_table(), memo=alike(traced, ("weight", gradient.rows_first, dtype), arguments),
+    )  # fmt: skip
     product.replace_all_uses_with(result)
     graph.erase_node(product)
