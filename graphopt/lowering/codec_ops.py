@@ -35,6 +35,7 @@ from graphopt.graph import layout
 from graphopt.lowering.decompose import inductor_table
 from graphopt.lowering.ops import define
 
+MANY = 12  # encoders: writing C++ for so many takes as long as compiling one kernel more
 AS_STRIDED = torch.ops.aten.as_strided.default
 
 
@@ -69,7 +70,7 @@ def _lower_encode(x: Any, codec: str, seed: Any) -> Any:
     given, layouts = [x] if seed is None else [x, seed], _layouts(nodes)
     if layouts is None:
         return _called(ENCODE, x, codec, seed)
-    if _is_apart(x, nodes[0].meta["val"]):
+    if _is_apart(x, nodes[0].meta["val"], codec):
         return _apart([node.meta["val"] for node in nodes], codec, given)
     return list(_replay(_traced(_encoded, layouts, (codec,)), given, saved=True))
 
@@ -82,15 +83,28 @@ def _lower_decode(parts: Any, shape: Any, codec: str, dtype: torch.dtype) -> Any
     return _replay(_traced(_decode, layouts, (tuple(map(int, shape)), codec, dtype)), parts, saved=False)
 
 
-def _is_apart(x: Any, fake: Tensor) -> bool:
+def _is_apart(x: Any, fake: Tensor, codec: str) -> bool:
     """Whether encoding is a function of the generated code, which all tensors of one size share, and no fused kernel.
 
-    So it is on a CPU for what a matrix product or another such kernel has written to memory: nothing is lost, and a
-    C++ compiler takes long over a kernel for each tensor. On a GPU a kernel less counts for more. Inductor's C++
+    So it is on a CPU for what a matrix product or another such kernel has written to memory: no step is slower, and
+    generating and compiling C++ for each tensor takes long. On a GPU a kernel less counts for more. Inductor's C++
     wrappers have no such functions.
     """
     dense = fake.is_contiguous() and fake.numel() > 0
-    return dense and fake.device.type == "cpu" and is_storage_and_layout(x) and not V.graph.cpp_wrapper
+    return (
+        dense
+        and fake.device.type == "cpu"
+        and is_storage_and_layout(x)
+        and not V.graph.cpp_wrapper
+        and _alike(fake, codec) >= MANY
+    )
+
+
+def _alike(fake: Tensor, codec: str) -> int:
+    """How many tensors of that size are encoded so in the graph that is compiled."""
+    encoded = (node.args for node in V.graph.graph.find_nodes(op="call_function", target=ENCODE))
+    others = ((each.meta["val"], name) for each, name, _ in encoded)
+    return sum((each.numel(), each.dtype, name) == (fake.numel(), fake.dtype, codec) for each, name in others)
 
 
 _encoders: WeakKeyDictionary[GraphLowering, dict[Any, Subgraph]] = WeakKeyDictionary()  # of the code generated so far
