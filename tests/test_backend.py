@@ -1,16 +1,20 @@
 """What compiles under Inductor compiles under lowmem: shapes, modes, precision, breaks, no gradients."""
 
 import copy
+import gc
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from training import EXACT, distance, step
+
+from graphopt.errors import PassError
 
 # two orders of the same float32 roundings: neither is nearer to the exact gradient than the other by more than a factor
 ORDER = 3
@@ -222,3 +226,20 @@ def test_importing_graphopt_imports_nothing_heavy():
     code = f"import graphopt, sys; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("raised", [None, RuntimeError], ids=str)
+def test_the_garbage_collector_makes_no_full_run_while_compiling_and_is_as_before_afterwards(raised, monkeypatch):
+    full, before = [], gc.get_threshold()
+
+    def passing(gm, example_inputs=()):
+        full.append(gc.get_threshold()[2] > before[2])
+        if raised:
+            raise raised
+        return gm
+
+    monkeypatch.setattr("graphopt.passes.JOINT", (passing,))
+    with pytest.raises(PassError) if raised else nullcontext():
+        step(nn.Linear(4, 4), (torch.randn(2, 4),))
+    assert full == [True]
+    assert gc.get_threshold() == before

@@ -1,9 +1,11 @@
 """The cut: what is cheap is made anew in backward, what is not never runs twice."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+from networkx.algorithms.flow import maxflow, preflow_push
 from torch import fx, nn
 from torch.nn import functional as F
 from training import EXACT, distance, step
@@ -190,6 +192,17 @@ def test_never_more_bytes_than_stock(preset):
         capture = graphopt.capture(function, torch.randn(4, 64, 32, requires_grad=True))
         saved = capture.lowmem(graphopt.Options(preset))[0]
         assert sum(each.bytes for each in saved) <= sum(each.bytes for each in capture.saved)
+
+
+def test_the_cut_does_not_depend_on_how_a_maximum_flow_is_found(halves, monkeypatch):
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), Attention(0.1), MLP()), torch.randn(2, 16, 32)
+    step(model, (x,))
+    assert maxflow.default_flow_func is preflow_push
+    monkeypatch.setattr("graphopt.partition.quick_flow", nullcontext)
+    torch._dynamo.reset()
+    step(model, (x,))
+    (quick, _), (own, _) = halves
+    assert [node.name for node in crossing(quick, 1)] == [node.name for node in crossing(own, 1)]
 
 
 def test_never_more_bytes_than_without_a_rewrite():
