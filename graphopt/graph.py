@@ -18,6 +18,8 @@ _ROOT = re.compile(r"^L\['\w+'\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+).*\n(.*)')
 _TORCH = str(Path(torch.__file__).parent)
 
+aten = torch.ops.aten
+COMPARISONS = (aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor)
 ORIGIN = "graphopt_origin"  # in node.meta: the name of the canonical operator that a node helps to spell out
 
 ENCODED = "graphopt_encoded"  # in node.meta of what a codec saves: what it is, such as "int8 of mm"
@@ -134,6 +136,29 @@ def is_random(node: fx.Node) -> bool:
     """Whether the operator draws random numbers, or may."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def compares(node: fx.Node) -> bool:
+    """Whether a mask answers, itself or through masks it is made of, how floating-point tensors compare.
+
+    A kernel that packs such a mask makes what it compares anew, in another order than the kernel before. A maximum may
+    then differ in its last bit from all that it was taken over, and a mask be empty.
+    """
+    queue, seen = [node], {node}
+    while queue:
+        each = queue.pop()
+        read = [value for given in each.all_input_nodes if (value := tensor(given)) is not None]
+        if each.target in COMPARISONS and any(value.is_floating_point() for value in read):
+            return True
+        masks = [given for given in each.all_input_nodes if given not in seen and _is_mask(given)]
+        seen.update(masks)
+        queue.extend(masks)
+    return False
+
+
+def _is_mask(node: fx.Node) -> bool:
+    value = tensor(node)
+    return value is not None and value.dtype == torch.bool
 
 
 def operator_name(node: fx.Node) -> str:

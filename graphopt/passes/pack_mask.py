@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from graphopt.crossing import IN_BACKWARD, SAVED
-from graphopt.graph import after_tangents, in_backward, in_checkpoint, inverse, memory_order, nbytes, tensor
+from graphopt.graph import after_tangents, compares, in_backward, in_checkpoint, inverse, memory_order, nbytes, tensor
 from graphopt.lowering import ops  # noqa: F401  (ops registers the operators named below)
 from graphopt.pipeline import fired, left_alone
 from graphopt.splicing import copy_node, splice
@@ -38,6 +38,8 @@ def pack_mask(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.G
             left_alone(node, "its region is checkpointed and recomputed as a whole")
         elif nbytes(value) < SMALLEST:
             left_alone(node, f"it has less than {SMALLEST} bytes")
+        elif compares(node):
+            left_alone(node, "it compares values, which the kernel that packs it would make anew")
         else:
             readers = [user for user in node.users if _reads(user, backward)]
             unpacked = splice(graph, node.next, _through_words, (node,), like=node)

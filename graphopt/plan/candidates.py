@@ -27,6 +27,7 @@ from graphopt.compat import FMA
 from graphopt.graph import (
     ORIGIN,
     after_tangents,
+    compares,
     hint,
     in_checkpoint,
     is_random,
@@ -146,7 +147,7 @@ def values(gm: fx.GraphModule, num_fwd_outputs: int, codecs: Sequence[Codec], ra
             savable=given or (value is not None and not in_checkpoint(node)),
             free=given or lives_on or _is_size(node),
             recompute=_recompute(node, op_types, rate, kernels, exact=node in (exact if codecs else region)),
-            codecs=() if given or lives_on else _codecs(value, why, allowed),
+            codecs=() if given or lives_on else _codecs(node, value, why, allowed),
             raw=why,
             decoded_to_memory=written_out(node),
             required=node in required,
@@ -194,9 +195,9 @@ def _why_raw(node: fx.Node, value: torch.Tensor | None, exact: bool, statistic: 
     return ""
 
 
-def _codecs(value: torch.Tensor | None, why: str, codecs: Sequence[Codec]) -> tuple[Codec, ...]:
+def _codecs(node: fx.Node, value: torch.Tensor | None, why: str, codecs: Sequence[Codec]) -> tuple[Codec, ...]:
     if value is not None and value.dtype == torch.bool and storage_bytes([value]) == nbytes(value) >= SMALLEST_MASK:
-        return (MASK,)
+        return () if compares(node) else (MASK,)
     return () if why else tuple(codecs)
 
 

@@ -158,3 +158,25 @@ def test_a_pair_that_falls_into_one_graph_cancels():
     assert records[0].fired
     names = {str(node.target) for node in lower(joint).graph.nodes}
     assert not any("graphopt" in name for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["exact", "compressed"])
+@pytest.mark.parametrize("own", [False, True], ids=["of amax", "the user's"])
+def test_a_mask_of_equal_values_is_that_of_forward(own, preset):
+    """Packed, it was made of values computed anew in another order: none was equal to the maximum, gradients NaN."""
+    x = torch.randn(101, 48)
+
+    def function(h):
+        a = F.gelu(torch.sin(h * 1.3) + h * torch.sigmoid(h) / 3)
+        turned = a.t().contiguous()
+        if own:
+            return torch.where(turned.t() != a.amax(-1, keepdim=True), a, a * 3) * x
+        return a * x + turned.amax(0)[:, None] * x
+
+    start, found = torch.randn(101, 48), {}
+    for backend, options in (("eager", None), ("lowmem", {"preset": preset})):
+        h = start.clone().requires_grad_()
+        torch.compile(function, backend=backend, options=options)(h).square().mean().backward()
+        found[backend] = h.grad
+    torch.testing.assert_close(found["lowmem"], found["eager"])
