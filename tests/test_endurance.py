@@ -41,7 +41,8 @@ def test_a_thousand_steps_do_not_grow(backend, preset):
             resident.append(psutil.Process().memory_info().rss)
     assert tensors[1] <= tensors[0]
     # one activation of 64 KiB that stayed at each step would be 51 MB, its codes 13 MB
-    assert resident[1] - resident[0] < 8e6
+    # and an allocator that other tests have left in pieces takes up to 9 MB
+    assert resident[1] - resident[0] < 12e6
 
 
 @pytest.mark.parametrize("dynamic", [None, True, False])
