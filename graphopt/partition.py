@@ -82,7 +82,7 @@ def cut(
 def quick_flow() -> Iterator[None]:
     """Let networkx look for a maximum flow by the algorithm of Boykov and Kolmogorov where its caller names none.
 
-    Ten times as fast as its default on these graphs. The cut is the same: capacities are whole numbers, and the nodes
+    Up to seven times as fast as its default, on the graph of a GPT-2 of twelve layers. The cut is the same: capacities are whole numbers, and the nodes
     that still reach the sink are those of every maximum flow.
     """
     before, maxflow.default_flow_func = maxflow.default_flow_func, boykov_kolmogorov

@@ -16,13 +16,11 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-from torch._inductor.graph import GraphLowering
 from torch._inductor.ir import ExternKernel, InvokeSubgraph, Subgraph, TensorBox, is_storage_and_layout
 from torch._inductor.lowering import fallback_handler, fallback_node_due_to_unsupported_type, register_lowering, view
 from torch._inductor.virtualized import V
@@ -86,8 +84,8 @@ def _lower_decode(parts: Any, shape: Any, codec: str, dtype: torch.dtype) -> Any
 def _is_apart(x: Any, fake: Tensor, codec: str) -> bool:
     """Whether encoding is a function of the generated code, which all tensors of one size share, and no fused kernel.
 
-    So it is on a CPU for what a matrix product or another such kernel has written to memory: no step is slower, and
-    generating and compiling C++ for each tensor takes long. On a GPU a kernel less counts for more. Inductor's C++
+    So it is on a CPU for what is in memory anyway: made by a matrix product or read by one, or an input of the graph.
+    Generating and compiling C++ for each tensor takes long. On a GPU a kernel less counts for more. Inductor's C++
     wrappers have no such functions.
     """
     dense = fake.is_contiguous() and fake.numel() > 0
@@ -107,15 +105,12 @@ def _alike(fake: Tensor, codec: str) -> int:
     return sum((each.numel(), each.dtype, name) == (fake.numel(), fake.dtype, codec) for each, name in others)
 
 
-_encoders: WeakKeyDictionary[GraphLowering, dict[Any, Subgraph]] = WeakKeyDictionary()  # of the code generated so far
-
-
 def _apart(fakes: Sequence[Tensor], codec: str, given: Sequence[Any]) -> list[TensorBox]:
     """Call the function that encodes so many values; the first call makes it.
 
     It is what Inductor makes of `torch.compiler.nested_compile_region`, whose node stands in for ours meanwhile.
     """
-    flat, known = [fakes[0].view(-1), *fakes[1:]], _encoders.setdefault(V.graph, {})
+    flat, known = [fakes[0].view(-1), *fakes[1:]], vars(V.graph).setdefault("graphopt_encoders", {})
     key = layout(flat[0]), codec
     if key not in known:
         gm = _traced(_encoded, tuple(map(layout, flat)), (codec,))

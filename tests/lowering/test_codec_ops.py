@@ -1,10 +1,12 @@
 """graphopt::encode and decode: their formulas, whatever runs them."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import run_and_get_code
 
 from graphopt.codecs import CODECS, Codec, codec, is_named, named
@@ -103,3 +105,18 @@ def test_what_products_have_written_is_encoded_by_functions_that_sizes_share(cpp
     torch.testing.assert_close(parts, encode(x, SEED))
     made, called = codes[0].count("def encode_"), codes[0].count(" = encode_")
     assert (made, called) == ((0, 0) if cpp_wrapper else (2, 23))  # the first is fused, the last is the only one
+
+
+def test_what_was_generated_is_freed():
+    """Functions belong to the graph they are of: a store beside it kept every graph that was ever compiled."""
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(each, GraphLowering) for each in gc.get_objects())
+
+    before = alive()
+    torch.compile(lambda x: [own.encode(x @ (x * i), "int8", None) for i in range(13)], fullgraph=True)(
+        torch.ones(64, 64)
+    )
+    torch._dynamo.reset()
+    assert alive() <= before
