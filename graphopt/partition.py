@@ -82,8 +82,8 @@ def cut(
 def quick_flow() -> Iterator[None]:
     """Let networkx look for a maximum flow by the algorithm of Boykov and Kolmogorov where its caller names none.
 
-    Up to seven times as fast as its default, on the graph of a GPT-2 of twelve layers. The cut is the same: capacities are whole numbers, and the nodes
-    that still reach the sink are those of every maximum flow.
+    Up to seven times as fast as its default, on the graph of a GPT-2 of twelve layers. The cut is the same: capacities
+    are whole numbers, and the nodes that still reach the sink are those of every maximum flow.
     """
     before, maxflow.default_flow_func = maxflow.default_flow_func, boykov_kolmogorov
     try:
