@@ -38,7 +38,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
 
 import graphopt.backend
-from graphopt.splicing import fake_mode
+from graphopt.graph import fake_mode
 from graphopt.tracer import forward_graph
 
 DEVICE = torch.device("cuda:0")

@@ -32,13 +32,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from graphopt import passes
-from graphopt.graph import outputs_of
+from graphopt.graph import fake_mode, outputs_of
 from graphopt.kernels import norm
 from graphopt.lowering import formulas
 from graphopt.lowering.codes import SCHEMES
 from graphopt.passes.approx_activation import SLOPES
 from graphopt.pipeline import Pass, fired
-from graphopt.splicing import fake_mode, splice
+from graphopt.splicing import splice
 
 RESULT = Path(__file__).parent / "results" / "traffic.json"
 DTYPE = torch.bfloat16

@@ -42,15 +42,20 @@ def crossing(forward: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
     return list(found.values())
 
 
+def run_in(half: fx.GraphModule) -> set[str]:
+    """The names of what a half computes, from what is saved or anew; they are those of the joint graph."""
+    return {node.name for node in half.graph.nodes if node.op == "call_function"}
+
+
 def mark(gm: fx.GraphModule, halves: Halves, num_fwd_outputs: int) -> None:
     """Mark in the joint graph what a cut of it saves and what it runs in backward, for passes on saved tensors."""
     forward, backward = halves
     saved = {node.name for node in crossing(forward, num_fwd_outputs)}
-    run_in_backward = {node.name for node in backward.graph.nodes if node.op == "call_function"}
+    again = run_in(backward)
     for node in gm.graph.nodes:
         if node.name in saved:
             node.meta[SAVED] = True
-        if node.name in run_in_backward:
+        if node.name in again:
             node.meta[IN_BACKWARD] = True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -202,6 +203,14 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
         if hasattr(given, "_dynamo_source"):
             node._dynamo_source = given._dynamo_source
     return new
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        value = tensor(node)
+        if value is not None and hasattr(value, "fake_mode"):
+            return value.fake_mode  # type: ignore[no-any-return]
+    raise ValueError("the graph's nodes carry no fake tensors in meta['val']")
 
 
 def outputs_of(node: fx.Node) -> dict[int, fx.Node]:

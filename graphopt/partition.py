@@ -21,7 +21,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.crossing import Halves
+from graphopt.crossing import Halves, run_in
 from graphopt.graph import after_tangents, copy, in_backward, in_checkpoint, is_random, tensor
 
 aten = torch.ops.aten
@@ -72,8 +72,8 @@ def cut(
                 static_lifetime_input_indices=static_lifetime_input_indices,
                 **kwargs,
             )
-        in_both = {node.name for node in halves[1].graph.nodes if node.op == "call_function"}
-        anew = [read for node, read in compared.items() if node.name in in_both and not in_both.isdisjoint(read)]
+        backward = run_in(halves[1])
+        anew = [read for node, read in compared.items() if node.name in backward and not backward.isdisjoint(read)]
         if not must_save(node for read in anew for node in read.values()):
             return halves
 

@@ -9,11 +9,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-from graphopt.graph import ORIGIN, layout, tensor
+from graphopt.graph import ORIGIN, fake_mode, layout, tensor
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 Traced = dict[Any, fx.GraphModule]  # functions traced before, by what they are of
@@ -25,14 +24,6 @@ _INHERITED = (
 )  # fmt: skip
 
 
-def fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    for node in graph.nodes:
-        value = tensor(node)
-        if value is not None and hasattr(value, "fake_mode"):
-            return value.fake_mode  # type: ignore[no-any-return]
-    raise ValueError("the graph's nodes carry no fake tensors in meta['val']")
-
-
 def splice(
     graph: fx.Graph,
     before: fx.Node,
@@ -41,7 +32,7 @@ def splice(
     *,
     like: fx.Node,
     decompositions: Decompositions | None = None,
-    memo: tuple[dict[Any, fx.GraphModule], Any] | None = None,
+    memo: tuple[Traced, Hashable] | None = None,
 ) -> Any:
     """Trace `function` on what `arguments` stand for, insert its nodes ahead of `before`, return its output as nodes.
 

@@ -35,14 +35,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from graphopt import passes
 from graphopt.crossing import crossing
 from graphopt.errors import CaptureError, GraphoptError
-from graphopt.graph import ENCODED, copy, hint, module_of, source_of, storage, storage_bytes, tensor
+from graphopt.graph import ENCODED, copy, fake_mode, hint, module_of, source_of, storage, storage_bytes, tensor
 from graphopt.lowering.decompose import decompose, inductor_table, tracing_table
 from graphopt.options import Options
 from graphopt.partition import cut
 from graphopt.pipeline import Pass, PassRecord, run
 from graphopt.plan import Plan
 from graphopt.plan.make import Planning
-from graphopt.splicing import fake_mode
 from graphopt.split import split
 from graphopt.step import untouched
 

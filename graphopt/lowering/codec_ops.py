@@ -94,11 +94,11 @@ def _is_apart(x: Any, fake: Tensor, codec: str) -> bool:
         and fake.device.type == "cpu"
         and is_storage_and_layout(x)
         and not V.graph.cpp_wrapper
-        and _alike(fake, codec) >= MANY
+        and _count(fake, codec) >= MANY
     )
 
 
-def _alike(fake: Tensor, codec: str) -> int:
+def _count(fake: Tensor, codec: str) -> int:
     """How many tensors of that size are encoded so in the graph that is compiled."""
     encoded = (node.args for node in V.graph.graph.find_nodes(op="call_function", target=ENCODE))
     others = ((each.meta["val"], name) for each, name, _ in encoded)

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch._inductor.fx_passes.replace_random import fuse_seed_creation_pass
 from torch._inductor.virtualized import V
 
-from graphopt.splicing import fake_mode
+from graphopt.graph import fake_mode
 
 prims = torch.ops.prims
 

@@ -26,7 +26,17 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.crossing import CUT, Cut
 from graphopt.errors import OptionsError
-from graphopt.graph import ORIGIN, after_tangents, hint, in_backward, in_checkpoint, inverse, memory_order, place_behind
+from graphopt.graph import (
+    ORIGIN,
+    after_tangents,
+    fake_mode,
+    hint,
+    in_backward,
+    in_checkpoint,
+    inverse,
+    memory_order,
+    place_behind,
+)
 from graphopt.lowering import ops  # noqa: F401  (registers the operators named below)
 from graphopt.lowering.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE
 from graphopt.lowering.code_tables import CODES
@@ -35,7 +45,7 @@ from graphopt.lowering.decompose import CANONICAL, inductor_table
 from graphopt.lowering.formulas import WORD, WORDS, compute_dtype
 from graphopt.lowering.random import fuse_seeds, uniform
 from graphopt.pipeline import fired, left_alone
-from graphopt.splicing import fake_mode, splice
+from graphopt.splicing import splice
 
 aten, own = torch.ops.aten, torch.ops.graphopt
 

@@ -33,7 +33,7 @@ from graphopt.lowering.codec_ops import DECODE, ENCODE
 from graphopt.lowering.decompose import inductor_table
 from graphopt.pipeline import fired
 from graphopt.plan import KEEP, RECOMPUTE
-from graphopt.splicing import Traced, copy_node, splice
+from graphopt.splicing import Traced, alike, copy_node, splice
 
 
 def encode(
@@ -81,7 +81,7 @@ def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]
 
     result = splice(
         node.graph, place_behind(node), encode, (node,), like=node,
-        decompositions=inductor_table(), memo=_memo(traced, "encode", codec, node),
+        decompositions=inductor_table(), memo=alike(traced, ("encode", codec), (node,)),
     )  # fmt: skip
     for part in result:
         part.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -92,12 +92,6 @@ def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]
 def _is_whole(codec: Codec, node: fx.Node) -> bool:
     """Whether a codec is one operator in the graph: where its name says what it is, and sizes are numbers."""
     return is_named(codec) and codec is not MASK and layout(node.meta["val"]) is not None
-
-
-def _memo(traced: Traced, direction: str, codec: Codec, node: fx.Node) -> tuple[Traced, object] | None:
-    """Layers are alike: each codec is traced once for every layout, unless that has symbolic sizes."""
-    shared = layout(node.meta["val"])
-    return shared and (traced, (direction, codec, shared))
 
 
 def _redirect_gradients(output: fx.Node, num_fwd_outputs: int, after: set[fx.Node], backward: _Backward) -> None:
@@ -168,7 +162,7 @@ class _Backward:
         last = before.prev
         result: fx.Node = splice(
             self.graph, before, decode, (node, *self.parts[node]), like=node, decompositions=inductor_table(),
-            memo=_memo(self.traced, "decode", codec, node),
+            memo=alike(self.traced, ("decode", codec), (node,)),
         )  # fmt: skip
         while last.next is not before:
             last = last.next

@@ -140,9 +140,10 @@ def _redirect(graph: fx.Graph, norm: Norm, readers: Readers, z: fx.Node, traced:
         return ""
     dtype = norm.y.meta["val"].dtype
     if z.meta["val"].dtype != formulas.compute_dtype(dtype):  # otherwise forward's y is made from this z already
+        given = z, norm.weight, norm.bias
         y = splice(
-            graph, norm.forward, lambda z, w, b: formulas.affine(z, w, b, dtype), (z, norm.weight, norm.bias),
-            like=norm.backward, decompositions=inductor_table(),
+            graph, norm.forward, lambda z, w, b: formulas.affine(z, w, b, dtype), given,
+            like=norm.backward, decompositions=inductor_table(), memo=alike(traced, ("affine", dtype), given),
         )  # fmt: skip
         links = readers.copy(y)
         for reader, inputs in readers.backward.items():
