@@ -23,8 +23,8 @@ test: $(VENV)/.installed-dev ## run the tests, on several cores; ARGS="-n 0" run
 test-ops: $(VENV)/.installed-dev ## train through every operator of PyTorch's own database, under Inductor too; an hour
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist load --long tests/breadth/test_operators.py $(ARGS)
 
-test-networks: $(VENV)/.installed-dev ## train 2,000 random networks; an hour
-	OMP_NUM_THREADS=1 $(PY) -m pytest --long tests/breadth/test_random_networks.py $(ARGS)
+test-networks: $(VENV)/.installed-dev ## train 2,000 random networks
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist load --long tests/breadth/test_random_networks.py $(ARGS)
 
 test-architectures: $(VENV)/.installed-dev ## train 137 architectures of transformers
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist load --long tests/architectures $(ARGS)

@@ -2,17 +2,15 @@
 
 forward graph                  canonicalize
 ─ AOTAutograd ─▶ joint graph   split: share_norm, cut, approx_activation if asked for, pack_mask, plan, encode
-─▶ forward, backward graphs    lower
-─▶ Inductor, to which two lowerings of codecs are known (`lowmem`), or run as they stand, node by node (`lowmem_eager`)
+─▶ forward, backward graphs    lower, and in forward write_residuals
+─▶ Inductor, which finds lowerings of ours (`lowmem`), or run as they stand, node by node (`lowmem_eager`)
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,31 +25,16 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt import passes
+from graphopt.compiling import kernels_ahead, young_garbage_only
 from graphopt.loud import loud
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
 from graphopt.pipeline import run
 from graphopt.split import split
 
-NEVER = 2**31 - 1  # collections of the middle generation before a full one
-
-
-@contextlib.contextmanager
-def _young_garbage_only() -> Iterator[None]:
-    """Without full runs of the garbage collector, each of which walks all objects of the process.
-
-    Compiling makes so many objects, and keeps them until its end, that they take a tenth of its time and find little.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(*before[:2], NEVER)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
 
 @loud
-@_young_garbage_only()
+@young_garbage_only
 def lowmem(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -83,7 +66,7 @@ lowmem.reset = _reset  # type: ignore[attr-defined]  # what torch._dynamo.reset(
 
 
 @loud
-@_young_garbage_only()
+@young_garbage_only
 def lowmem_eager(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -113,13 +96,15 @@ class Partitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         halves = split(gm, joint_inputs, self.options, **kwargs)
-        return run(halves.forward, (), passes.HALVES)[0], run(halves.backward, (), passes.HALVES)[0]
+        forward, _ = run(halves.forward, (), (*passes.HALVES, *passes.FORWARD_HALF))
+        return forward, run(halves.backward, (), passes.HALVES)[0]
 
     def uuid(self) -> str:
         return f"{_sources()}-{self.options!r}"
 
 
-@_young_garbage_only()
+@young_garbage_only
+@kernels_ahead
 def _inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     # a graph without gradients never met the partitioner, so its canonical operators are still whole; once spelt out,
     # Inductor's own table is the right one, and the only one that its cache has a key for

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -18,44 +19,72 @@ CUT = "graphopt_cut"  # in the meta of a joint graph that is not decomposed yet:
 Halves = tuple[fx.GraphModule, fx.GraphModule]  # forward, backward
 
 
-def crossing_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
-    return storage_bytes(node.meta["val"] for node in crossing(forward, num_fwd_outputs))
+@dataclass(frozen=True)
+class Crossing:
+    """The tensors that cross from forward to backward, and the names of what backward computes, be it only anew.
+
+    Inputs of the graph are left out; of several that lie in one storage there is one. The nodes are those of a forward
+    graph, or of a joint graph of which that would be cut.
+    """
+
+    saved: tuple[fx.Node, ...]
+    in_backward: frozenset[str]
+
+    @property
+    def bytes(self) -> int:
+        return storage_bytes(node.meta["val"] for node in self.saved)
+
+    @property
+    def random_state_bytes(self) -> int:
+        """Of the states of random numbers that the cut itself saves, for what checkpointed regions draw anew."""
+        makers = {node: node.args[0] for node in self.saved if node.target is operator.getitem}
+        states = [node for node, maker in makers.items() if getattr(maker, "target", None) is run_and_save_rng_state]
+        return storage_bytes(node.meta["val"] for node in states)
 
 
-def random_state_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
-    """Bytes of the states of random numbers that the cut itself saves, for what checkpointed regions draw anew."""
-    makers = {node: node.args[0] for node in crossing(forward, num_fwd_outputs) if node.target is operator.getitem}
-    states = [node for node, maker in makers.items() if getattr(maker, "target", None) is run_and_save_rng_state]
-    return storage_bytes(node.meta["val"] for node in states)
-
-
-def crossing(forward: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
-    """The saved tensors: forward's outputs past the user's own, inputs of the graph left out, each storage once."""
-    placeholders = (tensor(node) for node in forward.graph.find_nodes(op="placeholder"))
-    inputs = {storage(value) for value in placeholders if value is not None}
+def crossing(halves: Halves, num_fwd_outputs: int) -> Crossing:
+    """What crosses between two graphs: forward's outputs past the user's own."""
+    forward, backward = halves
     outputs: Sequence[Any] = forward.graph.output_node().args[0]  # type: ignore[assignment]
+    names = (node.name for node in backward.graph.nodes if node.op == "call_function")
+    return Crossing(_distinct(outputs[num_fwd_outputs:], forward.graph), frozenset(names))
+
+
+def crossing_if_saved(graph: fx.Graph, chosen: Iterable[fx.Node], num_fwd_outputs: int) -> Crossing:
+    """What would cross, and be made anew, if `chosen` of a joint graph might be saved: what backward reads of it is."""
+    start, tangents = set(chosen), after_tangents(graph)
+    results: Sequence[Any] = graph.output_node().args[0]  # type: ignore[assignment]
+    queue = [node for node in results[num_fwd_outputs:] if isinstance(node, fx.Node)]
+    needed = set(queue)
+    while queue:
+        node = queue.pop()
+        if node not in start or node in tangents:
+            more = [each for each in node.all_input_nodes if each not in needed]
+            needed.update(more)
+            queue.extend(more)
+    names = (node.name for node in needed if node.op == "call_function" and node not in start)
+    return Crossing(_distinct([node for node in chosen if node in needed], graph), frozenset(names))
+
+
+def _distinct(nodes: Iterable[Any], graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Those that are tensors, in storages of their own, none an input's."""
+    placeholders = (tensor(node) for node in graph.find_nodes(op="placeholder"))
+    inputs = {storage(value) for value in placeholders if value is not None}
     found: dict[int, fx.Node] = {}
-    for node in outputs[num_fwd_outputs:]:
+    for node in nodes:
         value = tensor(node)
         if value is not None and storage(value) not in inputs:
             found.setdefault(storage(value), node)
-    return list(found.values())
+    return tuple(found.values())
 
 
-def run_in(half: fx.GraphModule) -> set[str]:
-    """The names of what a half computes, from what is saved or anew; they are those of the joint graph."""
-    return {node.name for node in half.graph.nodes if node.op == "call_function"}
-
-
-def mark(gm: fx.GraphModule, halves: Halves, num_fwd_outputs: int) -> None:
+def mark(gm: fx.GraphModule, crossing: Crossing) -> None:
     """Mark in the joint graph what a cut of it saves and what it runs in backward, for passes on saved tensors."""
-    forward, backward = halves
-    saved = {node.name for node in crossing(forward, num_fwd_outputs)}
-    again = run_in(backward)
+    saved = {node.name for node in crossing.saved}
     for node in gm.graph.nodes:
         if node.name in saved:
             node.meta[SAVED] = True
-        if node.name in again:
+        if node.name in crossing.in_backward:
             node.meta[IN_BACKWARD] = True
 
 
@@ -68,7 +97,7 @@ class Cut:
         values = [(node.name, value) for node in outputs if (value := tensor(node)) is not None]
         self.users = {storage(value) for node in outputs[:num_fwd_outputs] if (value := tensor(node)) is not None}
         self.saved = values
-        self.crossing = [node.meta["val"] for node in crossing(forward, num_fwd_outputs)]
+        self.crossing = [node.meta["val"] for node in crossing(halves, num_fwd_outputs).saved]
         self.backward, self.after = backward.graph, after_tangents(backward.graph)
 
     def bytes_freed(self, origins: Container[str]) -> int:

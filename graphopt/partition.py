@@ -9,19 +9,20 @@ A checkpointed region keeps the user's own tags.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from networkx.algorithms.flow import boykov_kolmogorov, maxflow
 from torch import fx
+from torch._functorch import partitioners
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphopt.crossing import Halves, run_in
+from graphopt.compiling import quick_flow
+from graphopt.crossing import Crossing, Halves, crossing, crossing_if_saved
 from graphopt.graph import after_tangents, copy, in_backward, in_checkpoint, is_random, tensor
 
 aten = torch.ops.aten
@@ -31,11 +32,11 @@ CHOICE = (aten.maximum.default, aten.minimum.default, aten.where.self, aten.amax
 PREFERRED = "graphopt_preferred"  # in node.meta: a rewrite's mark of what it would rather see saved
 
 # pinned whatever the user has set, by their names in torch._functorch.config
-STOCK = {
+STOCK: dict[str, object] = {
     "activation_memory_budget": 1.0,  # below 1 torch draws random numbers anew
     "aggressive_recomputation": False,  # as does this
 }
-FEWEST_BYTES = STOCK | {
+FEWEST_BYTES: dict[str, object] = STOCK | {
     "ban_recompute_used_far_apart": False,  # a residual read again later
     "ban_recompute_materialized_backward": False,  # what a matrix product of backward reads
     "ban_recompute_long_fusible_chains": True,  # from one end of the model to the other
@@ -43,53 +44,91 @@ FEWEST_BYTES = STOCK | {
     "ban_recompute_reductions": True,
 }
 # where a plan has been written into the graph: what it saves is tagged, and its copies must not be merged again
-PLANNED = FEWEST_BYTES | {"cse": False}
+PLANNED: dict[str, object] = FEWEST_BYTES | {"cse": False}
 # by the option "recompute"
 HEURISTICS = {"any": FEWEST_BYTES, "pointwise": FEWEST_BYTES, "stock": STOCK}
 
 
 def cut(
-    gm: fx.GraphModule,
-    joint_inputs: Sequence[object],
-    heuristics: Mapping[str, object] = FEWEST_BYTES,
-    *,
-    num_fwd_outputs: int,
-    static_lifetime_input_indices: list[int] | None = None,
-    **kwargs: Any,
+    gm: fx.GraphModule, joint_inputs: Sequence[object], heuristics: Mapping[str, object] = FEWEST_BYTES, **kwargs: Any
 ) -> Halves:
-    """Split a joint graph into forward and backward, under torch's heuristics as pinned by `heuristics`.
+    """Split a joint graph, which is used up, into forward and backward, under torch's heuristics as `heuristics` pins.
 
     The other arguments are those of a torch partitioner.
     """
+    _settle(gm, joint_inputs, heuristics, kwargs)
+    return _partition(min_cut_rematerialization_partition, gm, joint_inputs, heuristics, kwargs)
+
+
+def choose(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], heuristics: Mapping[str, object] = FEWEST_BYTES, **kwargs: Any
+) -> Crossing:
+    """What `cut` would save of a joint graph, which is left as it is: half the work, as no graphs are made."""
+    gm = copy(gm)
+    found = _settle(gm, joint_inputs, heuristics, kwargs)
+    return found or _choose(gm, joint_inputs, heuristics, kwargs)
+
+
+def _settle(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], heuristics: Mapping[str, object], kwargs: dict[str, Any]
+) -> Crossing | None:
+    """Tag what a cut must save: random numbers, and what backward compares where it would be made anew.
+
+    What the cut then saves, if it had to be found out.
+    """
     draw_once(gm.graph)
     compared = comparisons(gm.graph)
-    while True:
-        with functorch_config.patch(dict(heuristics)), quick_flow():
-            halves = min_cut_rematerialization_partition(
-                copy(gm) if compared else gm,
-                joint_inputs,
-                num_fwd_outputs=num_fwd_outputs,
-                static_lifetime_input_indices=static_lifetime_input_indices,
-                **kwargs,
-            )
-        backward = run_in(halves[1])
-        anew = [read for node, read in compared.items() if node.name in backward and not backward.isdisjoint(read)]
+    while compared:
+        found = _choose(copy(gm), joint_inputs, heuristics, kwargs)
+        again = [node for node in compared if node.name in found.in_backward]
+        anew = [compared[node] for node in again if not found.in_backward.isdisjoint(compared[node])]
         if not must_save(node for read in anew for node in read.values()):
-            return halves
+            return found
+    return None
 
 
-@contextlib.contextmanager
-def quick_flow() -> Iterator[None]:
-    """Let networkx look for a maximum flow by the algorithm of Boykov and Kolmogorov where its caller names none.
+class _Chosen(Exception):
+    def __init__(self, gm: fx.GraphModule, saved: list[fx.Node]) -> None:
+        self.graph, self.saved = gm.graph, saved
 
-    Up to seven times as fast as its default, on the graph of a GPT-2 of twelve layers. The cut is the same: capacities
-    are whole numbers, and the nodes that still reach the sink are those of every maximum flow.
-    """
-    before, maxflow.default_flow_func = maxflow.default_flow_func, boykov_kolmogorov
+
+def _stop(gm: fx.GraphModule, saved_values: list[fx.Node], saved_sym_nodes: list[fx.Node], **kwargs: Any) -> None:
+    raise _Chosen(gm, [*saved_values, *saved_sym_nodes])
+
+
+# torch's partitioner up to where it has chosen what to save and would make the graphs; where a version of torch has no
+# function of that name, this is the whole partitioner
+_choosing = FunctionType(
+    min_cut_rematerialization_partition.__code__,
+    {**vars(partitioners), "_extract_fwd_bwd_modules": _stop},
+    argdefs=min_cut_rematerialization_partition.__defaults__,
+)
+_choosing.__kwdefaults__ = min_cut_rematerialization_partition.__kwdefaults__
+
+
+def _choose(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], heuristics: Mapping[str, object], kwargs: dict[str, Any]
+) -> Crossing:
+    outputs: int = kwargs["num_fwd_outputs"]
+    if any(is_random(node) and in_checkpoint(node) for node in gm.graph.nodes):
+        # torch saves states of random numbers, once it has made the graphs
+        halves = _partition(min_cut_rematerialization_partition, gm, joint_inputs, heuristics, kwargs)
+        return crossing(halves, outputs)
     try:
-        yield
-    finally:
-        maxflow.default_flow_func = before
+        return crossing(_partition(_choosing, gm, joint_inputs, heuristics, kwargs), outputs)
+    except _Chosen as chosen:
+        return crossing_if_saved(chosen.graph, chosen.saved, outputs)
+
+
+def _partition(
+    partitioner: Callable[..., Halves],
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    heuristics: Mapping[str, object],
+    kwargs: dict[str, Any],
+) -> Halves:
+    with functorch_config.patch(dict(heuristics)), quick_flow:
+        return partitioner(gm, joint_inputs, **kwargs)
 
 
 def cut_as_tagged(gm: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **kwargs: Any) -> Halves:
@@ -126,10 +165,12 @@ def comparisons(graph: fx.Graph) -> dict[fx.Node, dict[str, fx.Node]]:
     """What backward compares for equality (a maximum with what it was taken over), and the forward values it reads.
 
     Made anew in another kernel, a value may differ in its last bit; so either these are saved, or what they answer.
+    Where the user checkpoints one of them it is made anew in any case, and saving the others would help nobody.
     """
     backward, after = in_backward(graph), after_tangents(graph)
     found = [node for node in graph.nodes if node.target in EQUALITY and node in backward and node not in after]
-    return {node: {each.name: each for each in _forward_values(node, backward)} for node in found}
+    read = {node: {each.name: each for each in _forward_values(node, backward)} for node in found}
+    return {node: values for node, values in read.items() if not any(map(in_checkpoint, values.values()))}
 
 
 def must_save(nodes: Iterable[fx.Node]) -> bool:

@@ -10,14 +10,14 @@ plan, encode, cut                        where a preset or an option asks for a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import fx
 
 from graphopt import passes
-from graphopt.crossing import CUT, Cut, Halves, crossing_bytes, mark, random_state_bytes
+from graphopt.crossing import CUT, Crossing, Cut, Halves, crossing, mark
 from graphopt.errors import PassError, PlanError
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose
@@ -25,6 +25,7 @@ from graphopt.options import Options
 from graphopt.partition import (
     HEURISTICS,
     STOCK,
+    choose,
     cut,
     cut_as_tagged,
     has_preferred,
@@ -42,14 +43,17 @@ REPLANNED = 3  # times that a plan is made, where the cut of its graph saves mor
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to split a joint graph; `decomposed` is `canonical` with its operators spelt out, as it was cut."""
+    """One way to split a joint graph, and what it saves; `decomposed` is `canonical` with its operators spelt out."""
 
     canonical: fx.GraphModule
     decomposed: fx.GraphModule
-    halves: Halves
-    bytes: int
-    heuristics: Mapping[str, object]
+    crossing: Crossing
+    heuristics: dict[str, object]
     rewritten: bool = True
+
+    @property
+    def bytes(self) -> int:
+        return self.crossing.bytes
 
 
 class Split(NamedTuple):
@@ -87,7 +91,7 @@ class _Splitting:
         best, stock, records = self.exact(gm)
         planned, more = self.planned(best, stock) if self.options.planned else (None, [])
         records = [*records, *more]
-        return planned._replace(records=records) if planned is not None else Split(*best.halves, records)
+        return planned._replace(records=records) if planned is not None else Split(*self.halves(best), records)
 
     def spelt_out(self, canonical: fx.GraphModule) -> fx.GraphModule:
         return merge_equal(run(copy(canonical), self.joint_inputs, (decompose,))[0])
@@ -96,12 +100,14 @@ class _Splitting:
         self,
         canonical: fx.GraphModule,
         decomposed: fx.GraphModule,
-        heuristics: Mapping[str, object],
+        heuristics: dict[str, object],
         rewritten: bool = True,
     ) -> Attempt:
-        halves = cut(copy(decomposed), self.joint_inputs, {**heuristics, "cse": False}, **self.kwargs)
-        saved = crossing_bytes(halves[0], self.outputs)
-        return Attempt(canonical, decomposed, halves, saved, heuristics, rewritten)
+        found = choose(decomposed, self.joint_inputs, heuristics | {"cse": False}, **self.kwargs)
+        return Attempt(canonical, decomposed, found, heuristics, rewritten)
+
+    def halves(self, best: Attempt) -> Halves:
+        return cut(copy(best.decomposed), self.joint_inputs, best.heuristics | {"cse": False}, **self.kwargs)
 
     def exact(self, gm: fx.GraphModule) -> tuple[Attempt, int, list[PassRecord]]:
         """The way that saves fewest bytes, with codes and masks packed; stock's bytes; and what passes did."""
@@ -123,10 +129,10 @@ class _Splitting:
 
         if self.options.code is not None:
             gm = copy(best.canonical)
-            gm.meta[CUT] = Cut(best.halves, self.outputs)
+            gm.meta[CUT] = Cut(self.halves(best), self.outputs)
             codes = [bind(each, scheme=self.options.code) for each in passes.APPROXIMATE]
             best = self.if_it_pays(best, gm, codes, records, self.spelt_out)
-        mark(best.decomposed, best.halves, self.outputs)
+        mark(best.decomposed, best.crossing)
         best = self.if_it_pays(best, copy(best.decomposed), passes.AFTER_CUT, records, merge_equal)
         return best, stock.bytes, records
 
@@ -154,7 +160,7 @@ class _Splitting:
         if best.bytes <= settings.goal.budget < math.inf:
             return None, []
         graph = copy(best.decomposed)
-        states = random_state_bytes(best.halves[0], self.outputs)
+        states = best.crossing.random_state_bytes
         for _ in range(REPLANNED):
             try:
                 with blamed("plan", graph):
@@ -167,7 +173,7 @@ class _Splitting:
             bound = [bind(each, decisions=planning.decisions, num_fwd_outputs=self.outputs) for each in passes.PLANNED]
             gm, records = run(copy(planning.gm), self.joint_inputs, bound)
             halves = cut_as_tagged(gm, self.joint_inputs, **self.kwargs)
-            found, planned = crossing_bytes(halves[0], self.outputs), planning.plan.bytes
+            found, planned = crossing(halves, self.outputs).bytes, planning.plan.bytes
             if found <= settings.goal.budget:
                 break
             states += max(0, found - planned)  # what torch's cut saves between two checkpointed regions

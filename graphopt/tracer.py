@@ -214,7 +214,7 @@ def _tracing(joint: fx.GraphModule) -> Iterator[None]:
 
 def _saved(forward: fx.GraphModule, backward: fx.GraphModule, arguments: dict[str, Any]) -> tuple[SavedTensor, ...]:
     placeholders = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
-    nodes = crossing(forward, arguments["num_fwd_outputs"])
+    nodes = crossing((forward, backward), arguments["num_fwd_outputs"]).saved
     return tuple(_describe(node, placeholders.get(node.name)) for node in nodes)
 
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 from networkx.algorithms.flow import maxflow, preflow_push
 from torch import fx, nn
+from torch._functorch import partitioners
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from training import EXACT, distance, step
 
 import graphopt
-from graphopt import backend
+from graphopt import backend, partition
 from graphopt.crossing import crossing
-from graphopt.graph import storage_bytes
+from graphopt.graph import copy, storage_bytes
 from graphopt.options import PRESETS
 
 EXPENSIVE = ("mm", "convolution", "scaled_dot_product", "rand", "bernoulli", "sort", "cumsum", "embedding")
@@ -80,7 +82,7 @@ def test_a_gated_activation_keeps_its_two_factors_and_nothing_else(halves, gate)
     model = nn.Sequential(nn.Linear(32, 32), MLP(gate))
     step(model, (torch.randn(2, 16, 32),))
     tokens = 2 * 16
-    shapes = Counter(tuple(node.meta["val"].shape) for node in crossing(halves[0][0], 1))
+    shapes = Counter(tuple(node.meta["val"].shape) for node in crossing(halves[0], 1).saved)
     assert shapes == Counter({(tokens, 32): 1, (tokens, 64): 2})
 
 
@@ -95,7 +97,7 @@ def test_an_activation_keeps_one_tensor(halves, activation):
             return self.c(getattr(F, activation)(self.b(self.a(x))))
 
     step(Net(), (torch.randn(32, 32),))
-    assert storage_bytes(node.meta["val"] for node in crossing(halves[0][0], 1)) == 4 * 32 * (32 + 64)
+    assert storage_bytes(node.meta["val"] for node in crossing(halves[0], 1).saved) == 4 * 32 * (32 + 64)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -198,11 +200,50 @@ def test_the_cut_does_not_depend_on_how_a_maximum_flow_is_found(halves, monkeypa
     model, x = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), Attention(0.1), MLP()), torch.randn(2, 16, 32)
     step(model, (x,))
     assert maxflow.default_flow_func is preflow_push
-    monkeypatch.setattr("graphopt.partition.quick_flow", nullcontext)
+    monkeypatch.setattr("graphopt.partition.quick_flow", nullcontext())
     torch._dynamo.reset()
     step(model, (x,))
-    (quick, _), (own, _) = halves
-    assert [node.name for node in crossing(quick, 1)] == [node.name for node in crossing(own, 1)]
+    quick, own = halves
+    assert [node.name for node in crossing(quick, 1).saved] == [node.name for node in crossing(own, 1).saved]
+
+
+class Mixed(nn.Module):
+    """A checkpointed region that draws random numbers, and values that backward compares."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.3), nn.GELU())
+
+    def forward(self, x):
+        y = checkpoint(self.part, x, use_reentrant=False).sin().exp()
+        return y * (y == y.amax(-1, keepdim=True)) + y.relu() + y.amax(0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_a_cut_saves_is_known_without_making_its_graphs(monkeypatch, dynamic):
+    different = []
+
+    def choose(gm, inputs, heuristics, **kwargs):
+        found = partition.choose(gm, inputs, heuristics, **kwargs)
+        made = crossing(partition.cut(copy(gm), inputs, heuristics, **kwargs), kwargs["num_fwd_outputs"])
+        names = [[node.name for node in each.saved] for each in (found, made)]
+        different.append(names[0] != names[1] or found.bytes != made.bytes or found.in_backward != made.in_backward)
+        return found
+
+    monkeypatch.setattr("graphopt.split.choose", choose)
+    for model in (Attention(0.1), nn.Sequential(MLP("silu", 0.1), nn.BatchNorm1d(16)), Mixed()):
+        step(model, (torch.randn(2, 16, 32, requires_grad=True),), dynamic=dynamic)
+    assert len(different) >= 9 and not any(different)
+
+
+def test_choosing_makes_no_graphs(monkeypatch):
+    def choose(*args, **kwargs):
+        with monkeypatch.context() as patched:
+            patched.setattr(partitioners, "_extract_fwd_bwd_modules", None)
+            return partition.choose(*args, **kwargs)
+
+    monkeypatch.setattr("graphopt.split.choose", choose)
+    step(Attention(0.1), (torch.randn(2, 16, 32, requires_grad=True),))
 
 
 def test_never_more_bytes_than_without_a_rewrite():
@@ -238,7 +279,7 @@ def test_what_is_encoded_is_a_node_in_forward_and_one_in_backward(halves):
 def test_no_parameter_is_copied_into_the_saved_set(halves):
     model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), MLP("silu")).to(torch.bfloat16)
     step(model, (torch.randn(48, 32, dtype=torch.bfloat16),))
-    assert all(node.meta["val"].shape[0] == 48 for node in crossing(halves[0][0], 1))
+    assert all(node.meta["val"].shape[0] == 48 for node in crossing(halves[0], 1).saved)
 
 
 @pytest.mark.parametrize("backend", ["lowmem_eager", pytest.param("lowmem", marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
 """graphopt::encode and graphopt::decode: a codec as one node of a graph, until Inductor lowers it.
 
-    parts = torch.ops.graphopt.encode(x, "int8", seed)      # seed: int64, no dims, where the codec draws; else None
-    x_ = torch.ops.graphopt.decode(parts, shape, "int8", dtype)
+    parts = torch.ops.graphopt.encode(x, order, "int8", seed)    # seed: int64, no dims, where the codec draws, or None
+    x_ = torch.ops.graphopt.decode(parts, shape, "int8", dtype)  # of x.permute(order)
 
 A formula is some thirty nodes, and every cut, pass and lowering of a graph would go through those of every tensor that
 is encoded. Inductor meets one node, for which the formula is traced once for all tensors of that layout and lowered in
@@ -21,8 +21,14 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-from torch._inductor.ir import ExternKernel, InvokeSubgraph, Subgraph, TensorBox, is_storage_and_layout
-from torch._inductor.lowering import fallback_handler, fallback_node_due_to_unsupported_type, register_lowering, view
+from torch._inductor.ir import ExternKernel, FlexibleLayout, InvokeSubgraph, Subgraph, TensorBox, is_storage_and_layout
+from torch._inductor.lowering import (
+    fallback_handler,
+    fallback_node_due_to_unsupported_type,
+    permute,
+    register_lowering,
+    view,
+)
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -37,11 +43,15 @@ MANY = 12  # encoders: writing C++ for so many takes as long as compiling one ke
 AS_STRIDED = torch.ops.aten.as_strided.default
 
 
-def _encode(x: Tensor, codec: str, seed: Tensor | None) -> list[Tensor]:
-    """The parts to save of x, any shape and float dtype, without the seed; see `Codec.parts`."""
+def _encode(x: Tensor, order: Sequence[int], codec: str, seed: Tensor | None) -> list[Tensor]:
+    """The parts to save of x, any shape and float dtype, without the seed; see `Codec.parts`.
+
+    `order` are the dims as they lie in memory. A view ahead of the operator would say so too, but Inductor lays out
+    what is viewed as if it were new, and where attention reads it in its own order, copies it.
+    """
     if (seed is not None) != named(codec).draws:
         raise OptionsError(f"codec {codec!r} takes {'a' if named(codec).draws else 'no'} seed")
-    return list(named(codec).parts(x, seed))
+    return list(named(codec).parts(x.permute(*order), seed))
 
 
 def _decode(parts: Sequence[Tensor], shape: Sequence[int], codec: str, dtype: torch.dtype) -> Tensor:
@@ -51,8 +61,8 @@ def _decode(parts: Sequence[Tensor], shape: Sequence[int], codec: str, dtype: to
 
 # with fakes of their own: a formula's thirty operators for every tensor of every graph would take as long as a cut
 define(
-    "encode(Tensor x, str codec, Tensor? seed) -> Tensor[]", _encode,
-    fake=lambda x, codec, seed: named(codec).empty_parts(x),
+    "encode(Tensor x, int[] order, str codec, Tensor? seed) -> Tensor[]", _encode,
+    fake=lambda x, order, codec, seed: named(codec).empty_parts(x.permute(*order)),
 )  # fmt: skip
 define(
     "decode(Tensor[] parts, SymInt[] shape, str codec, ScalarType dtype) -> Tensor", _decode,
@@ -62,15 +72,19 @@ ENCODE, DECODE = torch.ops.graphopt.encode.default, torch.ops.graphopt.decode.de
 
 
 @register_lowering(ENCODE, type_promotion_kind=None)
-def _lower_encode(x: Any, codec: str, seed: Any) -> Any:
-    node_x, _, node_seed = V.graph.current_node.args
+def _lower_encode(x: Any, order: Sequence[int], codec: str, seed: Any) -> Any:
+    node_x, *_, node_seed = V.graph.current_node.args
     nodes: Any = [node_x] if seed is None else [node_x, node_seed]
-    given, layouts = [x] if seed is None else [x, seed], _layouts(nodes)
+    layouts = _layouts(nodes)
     if layouts is None:
-        return _called(ENCODE, x, codec, seed)
-    if _is_apart(x, nodes[0].meta["val"], codec):
-        return _apart([node.meta["val"] for node in nodes], codec, given)
-    return list(_replay(_traced(_encoded, layouts, (codec,)), given, saved=True))
+        return _called(ENCODE, x, order, codec, seed)
+    fakes = [node.meta["val"] for node in nodes]
+    if list(order) != sorted(order) and is_storage_and_layout(x) and isinstance(x.get_layout(), FlexibleLayout):
+        x = ExternKernel.require_exact_strides(x, fakes[0].stride())
+    given = [x] if seed is None else [x, seed]
+    if _is_apart(x, fakes[0].permute(*order), codec):
+        return _apart(fakes, tuple(order), codec, given)
+    return list(_replay(_traced(_encoded, layouts, (tuple(order), codec)), given, saved=True))
 
 
 @register_lowering(DECODE, type_promotion_kind=None)
@@ -81,41 +95,41 @@ def _lower_decode(parts: Any, shape: Any, codec: str, dtype: torch.dtype) -> Any
     return _replay(_traced(_decode, layouts, (tuple(map(int, shape)), codec, dtype)), parts, saved=False)
 
 
-def _is_apart(x: Any, fake: Tensor, codec: str) -> bool:
+def _is_apart(x: Any, rows: Tensor, codec: str) -> bool:
     """Whether encoding is a function of the generated code, which all tensors of one size share, and no fused kernel.
 
     So it is on a CPU for what is in memory anyway: made by a matrix product or read by one, or an input of the graph.
     Generating and compiling C++ for each tensor takes long. On a GPU a kernel less counts for more. Inductor's C++
     wrappers have no such functions.
     """
-    dense = fake.is_contiguous() and fake.numel() > 0
+    dense = rows.is_contiguous() and rows.numel() > 0
     return (
         dense
-        and fake.device.type == "cpu"
+        and rows.device.type == "cpu"
         and is_storage_and_layout(x)
         and not V.graph.cpp_wrapper
-        and _count(fake, codec) >= MANY
+        and _count(rows, codec) >= MANY
     )
 
 
-def _count(fake: Tensor, codec: str) -> int:
+def _count(x: Tensor, codec: str) -> int:
     """How many tensors of that size are encoded so in the graph that is compiled."""
     encoded = (node.args for node in V.graph.graph.find_nodes(op="call_function", target=ENCODE))
-    others = ((each.meta["val"], name) for each, name, _ in encoded)
-    return sum((each.numel(), each.dtype, name) == (fake.numel(), fake.dtype, codec) for each, name in others)
+    others = ((each.meta["val"], name) for each, _, name, _ in encoded)
+    return sum((each.numel(), each.dtype, name) == (x.numel(), x.dtype, codec) for each, name in others)
 
 
-def _apart(fakes: Sequence[Tensor], codec: str, given: Sequence[Any]) -> list[TensorBox]:
+def _apart(fakes: Sequence[Tensor], order: Sequence[int], codec: str, given: Sequence[Any]) -> list[TensorBox]:
     """Call the function that encodes so many values; the first call makes it.
 
     It is what Inductor makes of `torch.compiler.nested_compile_region`, whose node stands in for ours meanwhile.
     """
-    flat, known = [fakes[0].view(-1), *fakes[1:]], vars(V.graph).setdefault("graphopt_encoders", {})
+    flat, known = [fakes[0].permute(*order).view(-1), *fakes[1:]], vars(V.graph).setdefault("graphopt_encoders", {})
     key = layout(flat[0]), codec
     if key not in known:
-        gm = _traced(_encoded, tuple(map(layout, flat)), (codec,))
+        gm = _traced(_encoded, tuple(map(layout, flat)), ((0,), codec))
         known[key] = Subgraph(name=f"encode_{len(known)}", graph_module=gm)
-    x: Any = ExternKernel.require_contiguous(given[0])
+    x: Any = permute(ExternKernel.require_exact_strides(given[0], fakes[0].stride()), order)
     call = fx.Graph().call_function(invoke_subgraph)
     call.meta["eager_input_vals"] = (None, None, *flat), {}
     with V.graph.set_current_node(call):
@@ -128,8 +142,8 @@ def _called(op: Any, *args: Any, **kwargs: Any) -> Any:
     return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
-def _encoded(tensors: Sequence[Tensor], codec: str) -> list[Tensor]:
-    return _encode(tensors[0], codec, tensors[1] if len(tensors) > 1 else None)
+def _encoded(tensors: Sequence[Tensor], order: Sequence[int], codec: str) -> list[Tensor]:
+    return _encode(tensors[0], order, codec, tensors[1] if len(tensors) > 1 else None)
 
 
 def _layouts(nodes: Any) -> tuple[Any, ...] | None:

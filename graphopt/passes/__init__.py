@@ -7,10 +7,12 @@ To add one: a file here, a row in its tuple.
     AFTER_CUT     the decomposed joint graph with what a first cut would save marked
     PLANNED       the decomposed joint graph, to write a plan into
     HALVES        each of the two graphs that the cut has made
+    FORWARD_HALF  the forward one of them, after that
 `graphopt.split` cuts after each and takes back what saves no bytes.
 """
 
 from graphopt.lowering.decompose import decompose, lower
+from graphopt.lowering.residuals import write_residuals
 from graphopt.passes.approx_activation import approx_activation
 from graphopt.passes.canonicalize import canonicalize
 from graphopt.passes.encode import encode
@@ -23,11 +25,12 @@ APPROXIMATE = (approx_activation,)
 AFTER_CUT = (pack_mask,)
 PLANNED = (encode,)
 HALVES = (lower,)
+FORWARD_HALF = (write_residuals,)
 
-# decompose and lower spell out what the others leave behind and cannot be left out
+# the rest prepares for Inductor and cannot be left out
 NAMES = tuple(each.__name__ for each in (*FORWARD, *JOINT, *APPROXIMATE, *AFTER_CUT, *PLANNED))
 
 __all__ = [
-    "AFTER_CUT", "APPROXIMATE", "FORWARD", "HALVES", "JOINT", "NAMES", "PLANNED",
-    "approx_activation", "canonicalize", "decompose", "encode", "lower", "pack_mask", "share_norm",
+    "AFTER_CUT", "APPROXIMATE", "FORWARD", "FORWARD_HALF", "HALVES", "JOINT", "NAMES", "PLANNED",
+    "approx_activation", "canonicalize", "decompose", "encode", "lower", "pack_mask", "share_norm", "write_residuals",
 ]  # fmt: skip

@@ -74,9 +74,8 @@ def _encoded(node: fx.Node, codec: Codec, traced: Traced) -> tuple[fx.Node, ...]
     order, whole = memory_order(node.meta["val"]), _is_whole(codec, node)
 
     def encode(x: Tensor) -> tuple[Tensor, ...]:
-        x = x.permute(order)
         seed = random.seed(x.device) if codec.draws else None
-        parts = ENCODE(x, codec.name, seed) if whole else codec.parts(x, seed)
+        parts = ENCODE(x, order, codec.name, seed) if whole else codec.parts(x.permute(order), seed)
         return tuple(parts) if seed is None else (*parts, seed)
 
     result = splice(

@@ -41,6 +41,14 @@ FOUND = {
             Step("lookup", 2, 1, 14), Step("join", 0, 3, 14),
         ), batch=3, tokens=7, width=8, trained=True, dynamic=True), "exact",
     ),
+    # what a maximum compares with a checkpointed value was saved, which is made anew in any case
+    "a maximum over what is checkpointed": (
+        Network((
+            Step("residual", 3, 1, 2, True), Step("detach", 3, 2, 8), Step("write", 1, 1, 3, True, True),
+            Step("checkpoint", 2, 2, 9, returned=True), Step("no_gradient", 2, 2, 4, True),
+            Step("no_gradient", 2, 1, 4), Step("dropout", 2, 3, 8), Step("join", 2, 3, 3, returned=True),
+        ), batch=3, tokens=16, width=32, autocast=True, dynamic=True), "exact",
+    ),
 }  # fmt: skip
 
 

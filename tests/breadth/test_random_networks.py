@@ -9,21 +9,23 @@ from hypothesis import HealthCheck, given, seed, settings, strategies
 from properties import PRESETS, violations
 from random_networks import networks
 
-COUNT, LONG_COUNT = 50, 2000
+COUNT, LONG_COUNT, PARTS = 50, 2000, 20
 
 
-def test_random_networks_keep_the_invariants(request):
-    """`--long` takes 2,000 of them."""
-    long = request.config.getoption("--long")
+def pytest_generate_tests(metafunc):
+    """`--long` takes 2,000 of them, in parts that several cores can share."""
+    metafunc.parametrize("part", range(PARTS if metafunc.config.getoption("--long") else 1))
 
+
+def test_random_networks_keep_the_invariants(request, part):
     @settings(
-        max_examples=LONG_COUNT if long else COUNT,
+        max_examples=LONG_COUNT // PARTS if request.config.getoption("--long") else COUNT,
         deadline=None,
         database=None,
         print_blob=False,
         suppress_health_check=list(HealthCheck),
     )
-    @seed(0)
+    @seed(part)
     @given(networks(), strategies.sampled_from(list(PRESETS)))
     def holds(network, preset):
         assert not violations(network, preset)

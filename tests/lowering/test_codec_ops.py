@@ -20,7 +20,7 @@ NAMES = [*CODECS, *(codec(name, 32, "stochastic", False).name for name in ("int8
 
 def through(x, name, seed):
     each = named(name)
-    parts = own.encode(x, name, seed if each.draws else None)
+    parts = own.encode(x, range(x.dim()), name, seed if each.draws else None)
     return *parts, own.decode([*parts, seed] if each.draws else parts, x.shape, name, x.dtype)
 
 
@@ -34,16 +34,16 @@ def test_the_operators_are_the_formulas(name, shape):
     assert all(torch.equal(one, other) for one, other in zip(parts, expected, strict=True))
     assert torch.equal(x_, each.decode([*parts, SEED] if each.draws else parts, x.shape, x.dtype))
     given = [*parts, *([SEED] if each.draws else [])]
-    torch.library.opcheck(own.encode.default, (x, name, seed), test_utils="test_faketensor")
+    torch.library.opcheck(own.encode.default, (x, range(x.dim()), name, seed), test_utils="test_faketensor")
     torch.library.opcheck(own.decode.default, (given, shape, name, x.dtype), test_utils="test_faketensor")
 
 
 def test_a_seed_is_for_what_draws():
     x = torch.randn(64)
     with pytest.raises(OptionsError, match="takes no seed"):
-        own.encode(x, "int8", SEED)
+        own.encode(x, [0], "int8", SEED)
     with pytest.raises(OptionsError, match="takes a seed"):
-        own.encode(x, "int8-unbiased", None)
+        own.encode(x, [0], "int8-unbiased", None)
 
 
 def test_a_codec_of_ones_own_is_not_taken_for_the_one_of_its_name():
@@ -75,7 +75,10 @@ def test_parts_may_be_one_tensor():
 @pytest.mark.parametrize(("shape", "dtype"), [((24, 128), torch.float32), ((3, 5, 37), torch.bfloat16)], ids=str)
 def test_inductor_makes_the_same_codes_and_values(shape, dtype):
     def encode(x, seed):
-        return [own.encode((x * 2).transpose(0, 1), name, seed if named(name).draws else None) for name in NAMES]
+        return [
+            own.encode((x * 2).transpose(0, 1), range(x.dim()), name, seed if named(name).draws else None)
+            for name in NAMES
+        ]
 
     def decode(parts, seed):
         given = [[*each, seed] if named(name).draws else each for name, each in zip(NAMES, parts)]
@@ -97,7 +100,7 @@ def test_what_products_have_written_is_encoded_by_functions_that_sizes_share(cpp
 
     def encode(x, seed):
         products = [x @ x * 0.1, *(x @ (x * i) for i in range(1, len(names)))]
-        return [own.encode(y, name, seed if named(name).draws else None) for name, y in zip(names, products)]
+        return [own.encode(y, [0, 1], name, seed if named(name).draws else None) for name, y in zip(names, products)]
 
     x = torch.randn(64, 64)
     with inductor_config.patch(cpp_wrapper=cpp_wrapper):
@@ -115,7 +118,7 @@ def test_what_was_generated_is_freed():
         return sum(isinstance(each, GraphLowering) for each in gc.get_objects())
 
     before = alive()
-    torch.compile(lambda x: [own.encode(x @ (x * i), "int8", None) for i in range(13)], fullgraph=True)(
+    torch.compile(lambda x: [own.encode(x @ (x * i), [0, 1], "int8", None) for i in range(13)], fullgraph=True)(
         torch.ones(64, 64)
     )
     torch._dynamo.reset()
