@@ -96,14 +96,16 @@ def _stop(gm: fx.GraphModule, saved_values: list[fx.Node], saved_sym_nodes: list
     raise _Chosen(gm, [*saved_values, *saved_sym_nodes])
 
 
-# torch's partitioner up to where it has chosen what to save and would make the graphs; where a version of torch has no
-# function of that name, this is the whole partitioner
-_choosing = FunctionType(
-    min_cut_rematerialization_partition.__code__,
-    {**vars(partitioners), "_extract_fwd_bwd_modules": _stop},
-    argdefs=min_cut_rematerialization_partition.__defaults__,
-)
-_choosing.__kwdefaults__ = min_cut_rematerialization_partition.__kwdefaults__
+def _until_chosen() -> FunctionType:
+    """torch's partitioner, which raises _Chosen where it would make graphs of what it has chosen to save.
+
+    In a version of torch without a function of that name it is the whole partitioner.
+    """
+    whole: Any = min_cut_rematerialization_partition
+    stopping = {**vars(partitioners), "_extract_fwd_bwd_modules": _stop}
+    found = FunctionType(whole.__code__, stopping, argdefs=whole.__defaults__)
+    found.__kwdefaults__ = whole.__kwdefaults__
+    return found
 
 
 def _choose(
@@ -115,7 +117,7 @@ def _choose(
         halves = _partition(min_cut_rematerialization_partition, gm, joint_inputs, heuristics, kwargs)
         return crossing(halves, outputs)
     try:
-        return crossing(_partition(_choosing, gm, joint_inputs, heuristics, kwargs), outputs)
+        return crossing(_partition(_until_chosen(), gm, joint_inputs, heuristics, kwargs), outputs)
     except _Chosen as chosen:
         return crossing_if_saved(chosen.graph, chosen.saved, outputs)
 

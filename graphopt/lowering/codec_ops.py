@@ -13,6 +13,7 @@ spells out those.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -114,9 +115,13 @@ def _is_apart(x: Any, rows: Tensor, codec: str) -> bool:
 
 def _count(x: Tensor, codec: str) -> int:
     """How many tensors of that size are encoded so in the graph that is compiled."""
-    encoded = (node.args for node in V.graph.graph.find_nodes(op="call_function", target=ENCODE))
-    others = ((each.meta["val"], name) for each, _, name, _ in encoded)
-    return sum((each.numel(), each.dtype, name) == (x.numel(), x.dtype, codec) for each, name in others)
+    counts = vars(V.graph).get("graphopt_counts")
+    if counts is None:
+        encoded = [node.args for node in V.graph.graph.find_nodes(op="call_function", target=ENCODE)]
+        found = ((each.meta["val"], name) for each, _, name, _ in encoded)
+        counts = Counter((value.numel(), value.dtype, name) for value, name in found)
+        vars(V.graph)["graphopt_counts"] = counts
+    return int(counts[x.numel(), x.dtype, codec])
 
 
 def _apart(fakes: Sequence[Tensor], order: Sequence[int], codec: str, given: Sequence[Any]) -> list[TensorBox]:
