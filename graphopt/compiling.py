@@ -18,6 +18,7 @@ from typing import Any
 
 from networkx.algorithms.flow import boykov_kolmogorov, maxflow
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
 NEVER = 2**31 - 1  # collections of the middle generation before a full one
@@ -35,9 +36,9 @@ class Setting(contextlib.ContextDecorator):
 
     def __enter__(self) -> None:
         with self.lock:
-            if not self.inside:
-                self.before = self.get()
-                self.own = self.change(self.before)
+            now = self.get()
+            if not self.inside and now != self.own:  # else somebody who had set it meanwhile has put ours back
+                self.before, self.own = now, self.change(now)
                 self.set(self.own)
             self.inside += 1
 
@@ -55,14 +56,16 @@ def attribute(owner: Any, name: str, change: Callable[[Any], Any]) -> Setting:
 def _ahead(define: Callable[..., None]) -> Callable[..., None]:
     """Let Inductor's wrapper, where it is told of a kernel, compile it as the generated module will ask for later.
 
-    That finds it by its source in the process's cache. Errors are the module's to raise.
+    That finds it by its source in the process's cache. What fails here fails there again, and is raised there.
     """
 
     def define_kernel(self: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> None:
         define(self, kernel_name, kernel_body, *args, **kwargs)
         if kernel_body.startswith(CPP) and get_compile_threads() > 1:
-            call: Any = ast.parse(kernel_body.strip(), mode="eval").body
-            AsyncCompile().cpp_pybinding(*map(ast.literal_eval, call.args))
+            with contextlib.suppress(Exception):
+                call: Any = ast.parse(kernel_body.strip(), mode="eval").body
+                types, source = map(ast.literal_eval, call.args)
+                CppPythonBindingsCodeCache.load_pybinding_async(types, source, submit_fn=AsyncCompile.submit)
 
     return define_kernel
 

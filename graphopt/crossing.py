@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 from torch._prims.rng_prims import run_and_save_rng_state
 
-from graphopt.graph import ORIGIN, after_tangents, storage, storage_bytes, tensor
+from graphopt.graph import ORIGIN, after_tangents, in_backward, is_random, storage, storage_bytes, tensor
 
 # marks in node.meta of what a cut saves, and of what it runs in backward, if only to make it anew
 SAVED, IN_BACKWARD = "graphopt_saved", "graphopt_in_backward"
@@ -51,14 +51,18 @@ def crossing(halves: Halves, num_fwd_outputs: int) -> Crossing:
 
 
 def crossing_if_saved(graph: fx.Graph, chosen: Iterable[fx.Node], num_fwd_outputs: int) -> Crossing:
-    """What would cross, and be made anew, if `chosen` of a joint graph might be saved: what backward reads of it is."""
-    start, tangents = set(chosen), after_tangents(graph)
+    """What would cross, and be made anew, if `chosen` of a joint graph might be saved: what backward reads of it is.
+
+    Backward has its results to give, and what it writes in place, such as buffers.
+    """
+    start, backward = set(chosen), in_backward(graph)
     results: Sequence[Any] = graph.output_node().args[0]  # type: ignore[assignment]
     queue = [node for node in results[num_fwd_outputs:] if isinstance(node, fx.Node)]
+    queue += [node for node in backward if node.op == "call_function" and node.is_impure() and not is_random(node)]
     needed = set(queue)
     while queue:
         node = queue.pop()
-        if node not in start or node in tangents:
+        if node not in start:
             more = [each for each in node.all_input_nodes if each not in needed]
             needed.update(more)
             queue.extend(more)
@@ -78,13 +82,13 @@ def _distinct(nodes: Iterable[Any], graph: fx.Graph) -> tuple[fx.Node, ...]:
     return tuple(found.values())
 
 
-def mark(gm: fx.GraphModule, crossing: Crossing) -> None:
+def mark(gm: fx.GraphModule, found: Crossing) -> None:
     """Mark in the joint graph what a cut of it saves and what it runs in backward, for passes on saved tensors."""
-    saved = {node.name for node in crossing.saved}
+    saved = {node.name for node in found.saved}
     for node in gm.graph.nodes:
         if node.name in saved:
             node.meta[SAVED] = True
-        if node.name in crossing.in_backward:
+        if node.name in found.in_backward:
             node.meta[IN_BACKWARD] = True
 
 

@@ -9,6 +9,7 @@ A checkpointed region keeps the user's own tags.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -63,10 +64,10 @@ def cut(
 def choose(
     gm: fx.GraphModule, joint_inputs: Sequence[object], heuristics: Mapping[str, object] = FEWEST_BYTES, **kwargs: Any
 ) -> Crossing:
-    """What `cut` would save of a joint graph, which is left as it is: half the work, as no graphs are made."""
+    """What `cut` would save of a joint graph, which is left as it is: less work where no graphs have to be made."""
     gm = copy(gm)
     found = _settle(gm, joint_inputs, heuristics, kwargs)
-    return found or _choose(gm, joint_inputs, heuristics, kwargs)
+    return found if found is not None else _choose(gm, joint_inputs, heuristics, kwargs)
 
 
 def _settle(
@@ -96,12 +97,14 @@ def _stop(gm: fx.GraphModule, saved_values: list[fx.Node], saved_sym_nodes: list
     raise _Chosen(gm, [*saved_values, *saved_sym_nodes])
 
 
-def _until_chosen() -> FunctionType:
+def _until_chosen() -> Callable[..., Halves]:
     """torch's partitioner, which raises _Chosen where it would make graphs of what it has chosen to save.
 
-    In a version of torch without a function of that name it is the whole partitioner.
+    In a version of torch that makes them otherwise it is the whole partitioner.
     """
-    whole: Any = min_cut_rematerialization_partition
+    whole: Any = inspect.unwrap(min_cut_rematerialization_partition)
+    if whole.__code__.co_freevars or "_extract_fwd_bwd_modules" not in whole.__code__.co_names:
+        return min_cut_rematerialization_partition
     stopping = {**vars(partitioners), "_extract_fwd_bwd_modules": _stop}
     found = FunctionType(whole.__code__, stopping, argdefs=whole.__defaults__)
     found.__kwdefaults__ = whole.__kwdefaults__

@@ -1,10 +1,13 @@
 """split(): a joint graph -> forward and backward, rewritten wherever that saves bytes.
 
-share_norm, cut                          four ways; of those that save fewest bytes the first:
+share_norm, choose                       four ways; of those that save fewest bytes the first:
                                          rewritten, z preferred · rewritten · as it was · as it was, cut as stock
-approx_activation, if asked for, cut     taken back unless it saves bytes
-pack_mask, cut                           taken back unless it saves bytes
-plan, encode, cut                        where a preset or an option asks for a plan
+approx_activation, if asked for, choose  taken back unless it saves bytes
+pack_mask, choose                        taken back unless it saves bytes
+plan, encode, or none                    where a preset or an option asks for a plan
+cut
+
+To choose is to find out what a cut would save.
 """
 
 from __future__ import annotations
@@ -103,11 +106,12 @@ class _Splitting:
         heuristics: dict[str, object],
         rewritten: bool = True,
     ) -> Attempt:
-        found = choose(decomposed, self.joint_inputs, heuristics | {"cse": False}, **self.kwargs)
+        heuristics = heuristics | {"cse": False}  # merged already
+        found = choose(decomposed, self.joint_inputs, heuristics, **self.kwargs)
         return Attempt(canonical, decomposed, found, heuristics, rewritten)
 
     def halves(self, best: Attempt) -> Halves:
-        return cut(copy(best.decomposed), self.joint_inputs, best.heuristics | {"cse": False}, **self.kwargs)
+        return cut(copy(best.decomposed), self.joint_inputs, best.heuristics, **self.kwargs)
 
     def exact(self, gm: fx.GraphModule) -> tuple[Attempt, int, list[PassRecord]]:
         """The way that saves fewest bytes, with codes and masks packed; stock's bytes; and what passes did."""

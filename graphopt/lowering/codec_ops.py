@@ -52,7 +52,7 @@ def _encode(x: Tensor, order: Sequence[int], codec: str, seed: Tensor | None) ->
     """
     if (seed is not None) != named(codec).draws:
         raise OptionsError(f"codec {codec!r} takes {'a' if named(codec).draws else 'no'} seed")
-    return list(named(codec).parts(x.permute(*order), seed))
+    return list(named(codec).parts(x.permute(list(order)), seed))
 
 
 def _decode(parts: Sequence[Tensor], shape: Sequence[int], codec: str, dtype: torch.dtype) -> Tensor:
@@ -63,7 +63,7 @@ def _decode(parts: Sequence[Tensor], shape: Sequence[int], codec: str, dtype: to
 # with fakes of their own: a formula's thirty operators for every tensor of every graph would take as long as a cut
 define(
     "encode(Tensor x, int[] order, str codec, Tensor? seed) -> Tensor[]", _encode,
-    fake=lambda x, order, codec, seed: named(codec).empty_parts(x.permute(*order)),
+    fake=lambda x, order, codec, seed: named(codec).empty_parts(x.permute(list(order))),
 )  # fmt: skip
 define(
     "decode(Tensor[] parts, SymInt[] shape, str codec, ScalarType dtype) -> Tensor", _decode,
@@ -83,7 +83,7 @@ def _lower_encode(x: Any, order: Sequence[int], codec: str, seed: Any) -> Any:
     if list(order) != sorted(order) and is_storage_and_layout(x) and isinstance(x.get_layout(), FlexibleLayout):
         x = ExternKernel.require_exact_strides(x, fakes[0].stride())
     given = [x] if seed is None else [x, seed]
-    if _is_apart(x, fakes[0].permute(*order), codec):
+    if _is_apart(x, fakes[0].permute(list(order)), codec):
         return _apart(fakes, tuple(order), codec, given)
     return list(_replay(_traced(_encoded, layouts, (tuple(order), codec)), given, saved=True))
 
@@ -119,7 +119,7 @@ def _count(x: Tensor, codec: str) -> int:
     if counts is None:
         encoded = [node.args for node in V.graph.graph.find_nodes(op="call_function", target=ENCODE)]
         found = ((each.meta["val"], name) for each, _, name, _ in encoded)
-        counts = Counter((value.numel(), value.dtype, name) for value, name in found)
+        counts = Counter((value.numel(), value.dtype, name) for value, name in found if layout(value) is not None)
         vars(V.graph)["graphopt_counts"] = counts
     return int(counts[x.numel(), x.dtype, codec])
 

@@ -1,9 +1,9 @@
 """write_residuals (exact): a residual stream is written to memory where it is summed.
 
-Before   nothing that backward reads needs the sums of a residual stream, so Inductor, which defers what is pointwise,
-         adds up to four terms anew in every kernel that reads one, and the terms stay allocated for it.
-Now      each sum is written by the kernel that makes it, as stock writes those that it saves.
-Costs    nothing that stock does not pay. Layers are alike again, and their kernels are compiled once.
+Before   stock saves the sums of a residual stream, and so writes them. Where none is saved, Inductor, which defers what
+         is pointwise, adds up to four terms anew in every kernel that reads one, and they stay allocated for it.
+Now      a sum of which one reader is a sum again is written by the kernel that makes it.
+Costs    a write, if not all that reads it is in that kernel. Layers are alike, and their kernels are compiled once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.lowering import register_lowering
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.graph import tensor
 from graphopt.lowering.ops import define
@@ -45,5 +46,12 @@ def write_residuals(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -
 
 def _is_sum(node: fx.Node) -> bool:
     """Whether it is the sum of two tensors, one of its own shape."""
-    terms = [tensor(each) for each in node.args[:2]] if node.target is ADD else [None]
-    return None not in terms and any(term.shape == node.meta["val"].shape for term in terms)  # type: ignore[union-attr]
+    if node.target is not ADD:
+        return False
+    terms = [term for each in node.args[:2] if (term := tensor(each)) is not None]
+    return len(terms) == 2 and any(_alike(term.shape, node.meta["val"].shape) for term in terms)
+
+
+def _alike(one: torch.Size, other: torch.Size) -> bool:
+    """Without a guard on sizes that are symbols."""
+    return len(one) == len(other) and all(statically_known_true(x == y) for x, y in zip(one, other))

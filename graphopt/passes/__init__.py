@@ -8,7 +8,8 @@ To add one: a file here, a row in its tuple.
     PLANNED       the decomposed joint graph, to write a plan into
     HALVES        each of the two graphs that the cut has made
     FORWARD_HALF  the forward one of them, after that
-`graphopt.split` cuts after each and takes back what saves no bytes.
+`graphopt.split` finds out what a cut would save after JOINT, APPROXIMATE, AFTER_CUT and PLANNED, and takes back what
+saves no bytes.
 """
 
 from graphopt.lowering.decompose import decompose, lower
