@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import CheckpointPolicy
 
 _ROOT = re.compile(r"^L\['\w+'\]")
@@ -57,6 +58,11 @@ def hint(size: int | torch.SymInt) -> int:
 
 def nbytes(value: torch.Tensor) -> int:
     return math.prod(hint(size) for size in value.shape) * value.dtype.itemsize
+
+
+def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be the same; asked without a guard on sizes that are symbols."""
+    return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right))
 
 
 def layout(value: torch.Tensor) -> tuple[Any, ...] | None:

@@ -115,12 +115,11 @@ def _choose(
     gm: fx.GraphModule, joint_inputs: Sequence[object], heuristics: Mapping[str, object], kwargs: dict[str, Any]
 ) -> Crossing:
     outputs: int = kwargs["num_fwd_outputs"]
-    if any(is_random(node) and in_checkpoint(node) for node in gm.graph.nodes):
-        # torch saves states of random numbers, once it has made the graphs
-        halves = _partition(min_cut_rematerialization_partition, gm, joint_inputs, heuristics, kwargs)
-        return crossing(halves, outputs)
+    # the states of random numbers that a checkpointed region draws again torch saves once it has made the graphs
+    drawn = any(is_random(node) and in_checkpoint(node) for node in gm.graph.nodes)
+    partitioner = min_cut_rematerialization_partition if drawn else _until_chosen()
     try:
-        return crossing(_partition(_until_chosen(), gm, joint_inputs, heuristics, kwargs), outputs)
+        return crossing(_partition(partitioner, gm, joint_inputs, heuristics, kwargs), outputs)
     except _Chosen as chosen:
         return crossing_if_saved(chosen.graph, chosen.saved, outputs)
 

@@ -259,7 +259,7 @@ def test_what_a_cut_saves_is_known_without_making_its_graphs(monkeypatch, dynami
     monkeypatch.setattr("graphopt.split.choose", choose)
     for model in (Attention(0.1), nn.Sequential(MLP("silu", 0.1), nn.BatchNorm1d(16)), Counted(), Mixed()):
         step(model, (torch.randn(2, 16, 32, requires_grad=True),), dynamic=dynamic)
-    assert len(different) > 4 and not any(different)  # stock and another way for each, at least
+    assert len(different) >= 8 and not any(different)  # stock and another way for each, at least
 
 
 def test_choosing_makes_no_graphs(monkeypatch):

@@ -129,7 +129,8 @@ def _apart(fakes: Sequence[Tensor], order: Sequence[int], codec: str, given: Seq
 
     It is what Inductor makes of `torch.compiler.nested_compile_region`, whose node stands in for ours meanwhile.
     """
-    flat, known = [fakes[0].permute(*order).view(-1), *fakes[1:]], vars(V.graph).setdefault("graphopt_encoders", {})
+    flat = [fakes[0].permute(list(order)).view(-1), *fakes[1:]]
+    known = vars(V.graph).setdefault("graphopt_encoders", {})
     key = layout(flat[0]), codec
     if key not in known:
         gm = _traced(_encoded, tuple(map(layout, flat)), ((0,), codec))

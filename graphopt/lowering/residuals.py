@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.lowering import register_lowering
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.graph import tensor
+from graphopt.graph import same_sizes, tensor
 from graphopt.lowering.ops import define
 
 ADD, EMBEDDING = torch.ops.aten.add.Tensor, torch.ops.aten.embedding.default
@@ -49,9 +48,4 @@ def _is_sum(node: fx.Node) -> bool:
     if node.target is not ADD:
         return False
     terms = [term for each in node.args[:2] if (term := tensor(each)) is not None]
-    return len(terms) == 2 and any(_alike(term.shape, node.meta["val"].shape) for term in terms)
-
-
-def _alike(one: torch.Size, other: torch.Size) -> bool:
-    """Without a guard on sizes that are symbols."""
-    return len(one) == len(other) and all(statically_known_true(x == y) for x, y in zip(one, other))
+    return len(terms) == 2 and any(same_sizes(term.shape, node.meta["val"].shape) for term in terms)

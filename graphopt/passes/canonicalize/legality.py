@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from graphopt.graph import same_sizes
 from graphopt.passes.canonicalize.matching import Match
 from graphopt.passes.canonicalize.operations import interferes, is_cast, reduction, through_lossless, value
 
@@ -71,7 +71,7 @@ def normalized_shape(found: Match) -> Sequence[int | torch.SymInt] | Reason:
         return Reason("it does not normalise over the last dims")
     shape: Sequence[int | torch.SymInt] = x.shape[-len(last) :]
     affine = [value(found.names[name]) for name in ("w", "b") if name in found.names]
-    if not all(_same(each.shape, shape) for each in affine):
+    if not all(same_sizes(each.shape, shape) for each in affine):
         return Reason("its weight or bias is not of the normalised dims' shape")
     return shape
 
@@ -79,9 +79,5 @@ def normalized_shape(found: Match) -> Sequence[int | torch.SymInt] | Reason:
 def differing(root: fx.Node, result: fx.Node) -> Reason | None:
     """Why the op's result cannot stand for the root."""
     old, new = value(root), value(result)
-    same = old.dtype == new.dtype and _same(old.shape, new.shape)
+    same = old.dtype == new.dtype and same_sizes(old.shape, new.shape)
     return None if same else Reason("the op gives another shape or dtype")
-
-
-def _same(left: Sequence[Any], right: Sequence[Any]) -> bool:
-    return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right))
