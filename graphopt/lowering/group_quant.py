@@ -86,17 +86,23 @@ def decode(
     """What `encode` made the codes of, up to its error, of `shape` in `dtype`."""
     centre, step, offset = _levels(kept, bits, dithered=seed is not None)
     group, whole = codes.shape[1] * 8 // bits, bits == 8 or not sliced(codes.device)
-    planes = [_unpack_whole(codes, bits)] if whole else _unpack(codes, bits)
+    turns = [] if seed is None else _turns(seed, kept, group, group if whole else codes.shape[1])
+    if whole:  # all in the shape of the value, so that codes are read by one number, however the reader's loops run
+        planes = [_ungroup(_unpack_whole(codes, bits), shape).float()]
+        turns = [_ungroup(turn, shape) for turn in turns]
+        step = _ungroup(step.expand(-1, group), shape)
+        offset = None if offset is None else _ungroup(offset.expand(-1, group), shape)
+    else:
+        planes = _unpack(codes, bits)
     if seed is None:
         planes = [code - centre for code in planes]
     else:
-        turns = _turns(seed, kept, group, group if whole else codes.shape[1])
         planes = [code - turn + (0.5 - _unit(group) / 2 - centre) for code, turn in zip(planes, turns)]
     planes = [code * step for code in planes]
     if offset is not None:
         planes = [code + offset for code in planes]
     planes = [_cast(code, dtype) for code in planes]
-    return _ungroup(planes[0] if whole else torch.cat(planes, 1), shape)
+    return planes[0] if whole else _ungroup(torch.cat(planes, 1), shape)
 
 
 def sliced(device: torch.device) -> bool:
@@ -131,7 +137,7 @@ def _ungroup(values: Tensor, shape: Sequence[int]) -> Tensor:
     """[groups, group] -> the values of `shape`, without what the last group was filled with."""
     numel = math.prod(shape)
     whole = statically_known_true(numel % values.shape[1] == 0)
-    return (values if whole else values.view(-1).narrow(0, 0, numel)).view(shape)
+    return (values if whole else values.reshape(-1).narrow(0, 0, numel)).reshape(shape)
 
 
 def _scale(magnitude: Tensor) -> Tensor:
@@ -208,12 +214,12 @@ def _unpack(codes: Tensor, bits: int) -> list[Tensor]:
 
 
 def _unpack_whole(codes: Tensor, bits: int) -> Tensor:
-    """As `_unpack`, the planes side by side."""
+    """The inverse of `_pack`, the planes side by side, in integers."""
     if bits == 8:
-        return codes.float()
+        return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=codes.device).unsqueeze(1)
     values: Tensor = (codes.to(torch.int32).unsqueeze(1) >> shifts) & (2**bits - 1)
-    return values.float().view(codes.shape[0], codes.shape[1] * 8 // bits)
+    return values.view(codes.shape[0], codes.shape[1] * 8 // bits)
 
 
 def _unit(group: int) -> float:
