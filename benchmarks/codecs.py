@@ -43,6 +43,7 @@ MEASURED = [
     *CODECS.values(),
     *(codec(name, 64, rounding, False) for name in ("int8", "int4") for rounding in ("nearest", "stochastic")),
     *(codec("int4", group) for group in (32, 128)),
+    codec("int8", rounding="hashed"),
 ]
 
 

@@ -1,10 +1,11 @@
 """Seconds of the first call, which compiles, of models of twelve layers: as a whole, and layer by layer.
 
-    python benchmarks/first_call.py     # into benchmarks/results/first_call.json; ten minutes on two cores
+    python benchmarks/first_call.py     # into benchmarks/results/first_call.json; half an hour on two cores
 
 Each is a process of its own, without any cache. Layer by layer, `layer.compile()` of each, torch compiles the first and
 finds the others alike. Seconds of the wall clock count the C++ compiler of the CPU, which runs beside on other cores;
-seconds of all cores do too.
+seconds of all cores do too. One run varies by a tenth, so methods take turns for several rounds, and a round's methods
+are compared with each other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the first call of models of twelve layers.")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each method (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULT, help="the JSON written (default: %(default)s)")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "METHOD", "WAY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -49,10 +52,12 @@ def main() -> None:
     results = {**machine(), "layers": LAYERS, "batch": BATCH, "length": LENGTH, "rows": []}
     for model in arguments.models:
         for way in (WHOLE, BY_LAYER):
-            for method in arguments.methods:
-                row = {"model": model, "way": way, "method": method, **_apart(model, method, way), **origin()}
-                print(row, flush=True)
-                results["rows"].append(row)
+            runs: dict[str, list[dict[str, float]]] = {method: [] for method in arguments.methods}
+            for _ in range(arguments.rounds):
+                for method, found in runs.items():
+                    found.append(_apart(model, method, way))
+                    print(model, way, method, found[-1], flush=True)
+            results["rows"] += [_row(model, way, method, found) for method, found in runs.items()]
     write(arguments.out, results)
 
 
@@ -72,6 +77,11 @@ def measure(model: str, method: str, way: str) -> dict[str, float]:
     losses[0].backward()
     wall, cores = time.perf_counter() - wall, _seconds_of_cores() - cores
     return {"seconds": wall, "core_seconds": cores, "saved_bytes": saved}
+
+
+def _row(model: str, way: str, method: str, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    times = {key: [run[key] for run in runs] for key in ("seconds", "core_seconds")}
+    return {"model": model, "way": way, "method": method, **times, "saved_bytes": runs[0]["saved_bytes"], **origin()}
 
 
 def _apart(model: str, method: str, way: str) -> dict[str, Any]:

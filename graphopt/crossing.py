@@ -42,7 +42,7 @@ class Crossing:
         return storage_bytes(node.meta["val"] for node in states)
 
 
-def crossing(halves: Halves, num_fwd_outputs: int) -> Crossing:
+def crossing_of(halves: Halves, num_fwd_outputs: int) -> Crossing:
     """What crosses between two graphs: forward's outputs past the user's own."""
     forward, backward = halves
     outputs: Sequence[Any] = forward.graph.output_node().args[0]  # type: ignore[assignment]
@@ -101,7 +101,7 @@ class Cut:
         values = [(node.name, value) for node in outputs if (value := tensor(node)) is not None]
         self.users = {storage(value) for node in outputs[:num_fwd_outputs] if (value := tensor(node)) is not None}
         self.saved = values
-        self.crossing = [node.meta["val"] for node in crossing(halves, num_fwd_outputs).saved]
+        self.crossing = crossing_of(halves, num_fwd_outputs)
         self.backward, self.after = backward.graph, after_tangents(backward.graph)
 
     def bytes_freed(self, origins: Container[str]) -> int:
@@ -111,7 +111,8 @@ class Cut:
         """
         live = self._inputs_read(origins)
         kept = self.users | {storage(value) for name, value in self.saved if name in live}
-        return storage_bytes(value for value in self.crossing if storage(value) not in kept)
+        crossing = (node.meta["val"] for node in self.crossing.saved)
+        return storage_bytes(value for value in crossing if storage(value) not in kept)
 
     def _inputs_read(self, origins: Container[str]) -> set[str]:
         found, queue = set[fx.Node](), [self.backward.output_node()]

@@ -23,7 +23,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.compiling import quick_flow
-from graphopt.crossing import Crossing, Halves, crossing, crossing_if_saved
+from graphopt.crossing import Crossing, Halves, crossing_if_saved, crossing_of
 from graphopt.graph import after_tangents, copy, in_backward, in_checkpoint, is_random, tensor
 
 aten = torch.ops.aten
@@ -119,7 +119,7 @@ def _choose(
     drawn = any(is_random(node) and in_checkpoint(node) for node in gm.graph.nodes)
     partitioner = min_cut_rematerialization_partition if drawn else _until_chosen()
     try:
-        return crossing(_partition(partitioner, gm, joint_inputs, heuristics, kwargs), outputs)
+        return crossing_of(_partition(partitioner, gm, joint_inputs, heuristics, kwargs), outputs)
     except _Chosen as chosen:
         return crossing_if_saved(chosen.graph, chosen.saved, outputs)
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from graphopt import passes
-from graphopt.crossing import CUT, Crossing, Cut, Halves, crossing, mark
+from graphopt.crossing import CUT, Crossing, Cut, Halves, crossing_of, mark
 from graphopt.errors import PassError, PlanError
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose
@@ -177,7 +177,7 @@ class _Splitting:
             bound = [bind(each, decisions=planning.decisions, num_fwd_outputs=self.outputs) for each in passes.PLANNED]
             gm, records = run(copy(planning.gm), self.joint_inputs, bound)
             halves = cut_as_tagged(gm, self.joint_inputs, **self.kwargs)
-            found, planned = crossing(halves, self.outputs).bytes, planning.plan.bytes
+            found, planned = crossing_of(halves, self.outputs).bytes, planning.plan.bytes
             if found <= settings.goal.budget:
                 break
             states += max(0, found - planned)  # what torch's cut saves between two checkpointed regions

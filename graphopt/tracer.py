@@ -33,7 +33,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from graphopt import passes
-from graphopt.crossing import crossing
+from graphopt.crossing import crossing_of
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.graph import ENCODED, copy, fake_mode, hint, module_of, source_of, storage, storage_bytes, tensor
 from graphopt.lowering.decompose import decompose, inductor_table, tracing_table
@@ -214,7 +214,7 @@ def _tracing(joint: fx.GraphModule) -> Iterator[None]:
 
 def _saved(forward: fx.GraphModule, backward: fx.GraphModule, arguments: dict[str, Any]) -> tuple[SavedTensor, ...]:
     placeholders = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
-    nodes = crossing((forward, backward), arguments["num_fwd_outputs"]).saved
+    nodes = crossing_of((forward, backward), arguments["num_fwd_outputs"]).saved
     return tuple(_describe(node, placeholders.get(node.name)) for node in nodes)
 
 

@@ -14,7 +14,7 @@ from training import EXACT, distance, step
 
 import graphopt
 from graphopt import backend, partition
-from graphopt.crossing import crossing
+from graphopt.crossing import crossing_of
 from graphopt.graph import copy, storage_bytes
 from graphopt.options import PRESETS
 
@@ -82,7 +82,7 @@ def test_a_gated_activation_keeps_its_two_factors_and_nothing_else(halves, gate)
     model = nn.Sequential(nn.Linear(32, 32), MLP(gate))
     step(model, (torch.randn(2, 16, 32),))
     tokens = 2 * 16
-    shapes = Counter(tuple(node.meta["val"].shape) for node in crossing(halves[0], 1).saved)
+    shapes = Counter(tuple(node.meta["val"].shape) for node in crossing_of(halves[0], 1).saved)
     assert shapes == Counter({(tokens, 32): 1, (tokens, 64): 2})
 
 
@@ -97,7 +97,7 @@ def test_an_activation_keeps_one_tensor(halves, activation):
             return self.c(getattr(F, activation)(self.b(self.a(x))))
 
     step(Net(), (torch.randn(32, 32),))
-    assert storage_bytes(node.meta["val"] for node in crossing(halves[0], 1).saved) == 4 * 32 * (32 + 64)
+    assert storage_bytes(node.meta["val"] for node in crossing_of(halves[0], 1).saved) == 4 * 32 * (32 + 64)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -204,7 +204,7 @@ def test_the_cut_does_not_depend_on_how_a_maximum_flow_is_found(halves, monkeypa
     torch._dynamo.reset()
     step(model, (x,))
     quick, own = halves
-    assert [node.name for node in crossing(quick, 1).saved] == [node.name for node in crossing(own, 1).saved]
+    assert [node.name for node in crossing_of(quick, 1).saved] == [node.name for node in crossing_of(own, 1).saved]
 
 
 class Counting(torch.autograd.Function):
@@ -251,7 +251,7 @@ def test_what_a_cut_saves_is_known_without_making_its_graphs(monkeypatch, dynami
 
     def choose(gm, inputs, heuristics, **kwargs):
         found = partition.choose(gm, inputs, heuristics, **kwargs)
-        made = crossing(partition.cut(copy(gm), inputs, heuristics, **kwargs), kwargs["num_fwd_outputs"])
+        made = crossing_of(partition.cut(copy(gm), inputs, heuristics, **kwargs), kwargs["num_fwd_outputs"])
         names = [[node.name for node in each.saved] for each in (found, made)]
         different.append(names[0] != names[1] or found.bytes != made.bytes or found.in_backward != made.in_backward)
         return found
@@ -305,7 +305,7 @@ def test_what_is_encoded_is_a_node_in_forward_and_one_in_backward(halves):
 def test_no_parameter_is_copied_into_the_saved_set(halves):
     model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), MLP("silu")).to(torch.bfloat16)
     step(model, (torch.randn(48, 32, dtype=torch.bfloat16),))
-    assert all(node.meta["val"].shape[0] == 48 for node in crossing(halves[0], 1).saved)
+    assert all(node.meta["val"].shape[0] == 48 for node in crossing_of(halves[0], 1).saved)
 
 
 @pytest.mark.parametrize("backend", ["lowmem_eager", pytest.param("lowmem", marks=pytest.mark.slow)])

@@ -1,6 +1,7 @@
 """Markdown of results of whole blocks: blocks.json and pareto.json. What every table needs is here too."""
 
 from collections.abc import Callable, Iterable
+from statistics import median
 
 from figures.claims import LOWMEM_BUDGET, NOISE, Answer, Row, against_budgets, against_fp8, broken_promises, budget
 from figures.fidelity_claims import STOCK
@@ -170,12 +171,14 @@ def render_first_call(results: Row) -> str:
         stock = found[model, way, STOCK]
 
         def cell(row: Row, stock: Row = stock) -> str:
-            ratio = "" if row is stock else f" ({row['seconds'] / stock['seconds']:.2f})"
-            return f"{row['seconds']:.0f}{ratio} / {row['saved_bytes'] / 2**20:.1f}"
+            ratio = median(own / other for own, other in zip(row["seconds"], stock["seconds"]))
+            compared = "" if row is stock else f" ({ratio:.2f})"
+            return f"{median(row['seconds']):.0f}{compared} / {row['saved_bytes'] / 2**20:.1f}"
 
         lines.append([f"{model}, {way}", *(cell(found[model, way, method]) for method in methods)])
     return (
         f"Seconds of the first forward and backward of models of {results['layers']} layers, {results['batch']} × "
-        f"{results['length']} tokens, no cache; in brackets by stock Inductor's / saved MiB:\n\n"
+        f"{results['length']} tokens, no cache; in brackets by stock Inductor's of the same round / saved MiB; "
+        f"medians of {len(results['rows'][0]['seconds'])} rounds:\n\n"
         + markdown(["model", *(f"`{method}`" for method in methods)], lines)
     )

@@ -90,8 +90,8 @@ def decode(
     if whole:  # all in the shape of the value, so that codes are read by one number, however the reader's loops run
         planes = [_ungroup(_unpack_whole(codes, bits), shape).float()]
         turns = [_ungroup(turn, shape) for turn in turns]
-        step = _ungroup(step.expand(-1, group), shape)
-        offset = None if offset is None else _ungroup(offset.expand(-1, group), shape)
+        step = _spread(step, group, shape)
+        offset = None if offset is None else _spread(offset, group, shape)
     else:
         planes = _unpack(codes, bits)
     if seed is None:
@@ -123,7 +123,8 @@ def encode_float8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def decode_float8(codes: Tensor, magnitude: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The inverse of `encode_float8`, up to its error, of `shape` in `dtype`."""
-    return _ungroup(_cast(codes.float() * (magnitude.float() * (1 / FLOAT8_MAX)), dtype), shape)
+    step = magnitude.float() * (1 / FLOAT8_MAX)
+    return _cast(_ungroup(codes, shape).float() * _spread(step, codes.shape[1], shape), dtype)
 
 
 def _groups(x: Tensor, group: int) -> Tensor:
@@ -138,6 +139,11 @@ def _ungroup(values: Tensor, shape: Sequence[int]) -> Tensor:
     numel = math.prod(shape)
     whole = statically_known_true(numel % values.shape[1] == 0)
     return (values if whole else values.reshape(-1).narrow(0, 0, numel)).reshape(shape)
+
+
+def _spread(kept: Tensor, group: int, shape: Sequence[int]) -> Tensor:
+    """[groups, 1] -> for each value of `shape` what its group keeps."""
+    return _ungroup(kept.expand(-1, group), shape)
 
 
 def _scale(magnitude: Tensor) -> Tensor:
