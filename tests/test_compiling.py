@@ -1,6 +1,5 @@
 """Settings while a graph is compiled: the last thread puts them back, what somebody else sets stays."""
 
-import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -9,10 +8,8 @@ import torch
 from torch import nn
 from torch._inductor.codecache import CppPythonBindingsCodeCache, PyCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
-from torch._inductor.scheduler import SchedulerNode
-from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from graphopt.compiling import attribute, no_empty_tails
+from graphopt.compiling import attribute
 
 
 def test_the_last_thread_to_leave_puts_a_setting_back():
@@ -81,29 +78,3 @@ def test_kernels_are_compiled_while_others_are_generated(monkeypatch):
     ahead, asked = events[:module], events[module + 1 :]
     assert set(ahead) == set(asked) and len(asked) > 1  # backward's module is made later, by backward()
     assert compiled.shape == (64, 32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [64, 65, 5], ids=["whole vectors", "a tail", "a tail alone"])
-def test_without_empty_tails_the_generated_code_is_the_same(width, monkeypatch):
-    generated = []
-    codegen = SchedulerNode.codegen
-    monkeypatch.setattr(SchedulerNode, "codegen", lambda *args: generated.append(args) or codegen(*args))
-    norm = nn.LayerNorm(width)
-    x = torch.randn(4, 6, width)
-
-    def several(x):
-        y = norm(x).softmax(-1)
-        return y.transpose(0, 2).contiguous(), y.sum(0), y.to(torch.bfloat16), x.amax(1)
-
-    def code(setting):
-        generated.clear()
-        torch._dynamo.reset()
-        with fresh_cache(), torch.no_grad(), setting:
-            _, (found,) = run_and_get_code(torch.compile(several), x)
-        return [line for line in found.splitlines() if not line.startswith("#")], len(generated)
-
-    stock, nodes = code(contextlib.nullcontext())
-    found, fewer = code(no_empty_tails)
-    assert found == stock
-    assert (fewer < nodes) == (width == 64)

@@ -179,6 +179,6 @@ def render_first_call(results: Row) -> str:
     return (
         f"Seconds of the first forward and backward of models of {results['layers']} layers, {results['batch']} × "
         f"{results['length']} tokens, no cache; in brackets by stock Inductor's of the same round / saved MiB; "
-        f"medians of {len(results['rows'][0]['seconds'])} rounds:\n\n"
+        f"rounds, of which the median: {len(results['rows'][0]['seconds'])}:\n\n"
         + markdown(["model", *(f"`{method}`" for method in methods)], lines)
     )
