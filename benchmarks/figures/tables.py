@@ -171,14 +171,15 @@ def render_first_call(results: Row) -> str:
         stock = found[model, way, STOCK]
 
         def cell(row: Row, stock: Row = stock) -> str:
-            ratio = median(own / other for own, other in zip(row["seconds"], stock["seconds"]))
-            compared = "" if row is stock else f" ({ratio:.2f})"
+            ratios = [own / other for own, other in zip(row["seconds"], stock["seconds"])]
+            compared = "" if row is stock else f" ({median(ratios):.2f})"
             return f"{median(row['seconds']):.0f}{compared} / {row['saved_bytes'] / 2**20:.1f}"
 
         lines.append([f"{model}, {way}", *(cell(found[model, way, method]) for method in methods)])
+    rounds = len(results["rows"][0]["seconds"])
     return (
         f"Seconds of the first forward and backward of models of {results['layers']} layers, {results['batch']} × "
         f"{results['length']} tokens, no cache; in brackets by stock Inductor's of the same round / saved MiB; "
-        f"rounds, of which the median: {len(results['rows'][0]['seconds'])}:\n\n"
+        f"the median of {rounds} round{'s' * (rounds > 1)}:\n\n"
         + markdown(["model", *(f"`{method}`" for method in methods)], lines)
     )
