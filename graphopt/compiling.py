@@ -3,6 +3,7 @@
     quick_flow              cuts look for a maximum flow by a quicker algorithm
     young_garbage_only      no full run of the garbage collector
     kernels_ahead           the C++ compiler starts on each kernel while Inductor generates the next
+    no_empty_tails          no C++ is generated of what vectors leave over where they leave nothing
 
 Each is a context manager and a decorator. Several threads may be inside one; the last to leave it puts things back.
 """
@@ -13,13 +14,16 @@ import ast
 import contextlib
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from networkx.algorithms.flow import boykov_kolmogorov, maxflow
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.codegen.cpp import CppKernelProxy, CppTile2DKernel, CppVecKernel
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.loop_body import LoopBody
+from torch._inductor.virtualized import V
 
 NEVER = 2**31 - 1  # collections of the middle generation before a full one
 CPP = "async_compile.cpp_pybinding("
@@ -70,6 +74,37 @@ def _ahead(define: Callable[..., None]) -> Callable[..., None]:
     return define_kernel
 
 
+def _without_empty_tails(codegen: Callable[..., None]) -> Callable[..., None]:
+    """Let Inductor's C++ kernels generate nothing of the loop behind the last whole vector where it has no iterations.
+
+    The condition that it would stand under being false, what is generated of it is thrown away in any case.
+    """
+
+    def codegen_functions(self: Any, fn_list: Sequence[Any], var_sizes_list: Any) -> None:
+        codegen(self, [_unless_empty(fn) for fn in fn_list], var_sizes_list)
+
+    return codegen_functions
+
+
+def _unless_empty(fn: Any) -> Any:
+    if isinstance(fn, LoopBody):
+        return fn
+
+    def body(*index_vars: Any) -> Any:
+        return None if _empty(V.kernel) else fn(*index_vars)
+
+    body.original_fn = getattr(fn, "original_fn", fn)  # type: ignore[attr-defined]  # which Inductor looks into
+    return body
+
+
+def _empty(kernel: Any) -> bool:
+    if isinstance(kernel, CppTile2DKernel):
+        # what comes behind a reduction is taken from the kernel of both tails wherever the outer one is not empty
+        outer, inner = kernel.outer_tail_size, kernel.inner_tail_size
+        return bool(outer == 0 or (outer is None and inner == 0))
+    return isinstance(kernel, CppVecKernel) and bool(kernel.tail_size == 0)
+
+
 # Up to seven times as fast as the default of networkx on the graph of a GPT-2 of twelve layers. The cut is the same:
 # capacities are whole numbers, and the nodes that still reach the sink are those of every maximum flow.
 quick_flow = attribute(maxflow, "default_flow_func", lambda _: boykov_kolmogorov)
@@ -82,3 +117,6 @@ young_garbage_only = Setting(
 
 # Stock Inductor hands the compiler all kernels of a graph once the last is generated, and other cores wait until then.
 kernels_ahead = attribute(PythonWrapperCodegen, "define_kernel", _ahead)
+
+# Stock generates each loop once without vectors, once with them, and once for what they leave over, nothing mostly.
+no_empty_tails = attribute(CppKernelProxy, "codegen_functions", _without_empty_tails)

@@ -1,15 +1,20 @@
 """Settings while a graph is compiled: the last thread puts them back, what somebody else sets stays."""
 
+import contextlib
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache, PyCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.scheduler import SchedulerNode
+from torch._inductor.utils import run_and_get_code
 
-from graphopt.compiling import attribute
+from graphopt.compiling import attribute, no_empty_tails
 
 
 def test_the_last_thread_to_leave_puts_a_setting_back():
@@ -78,3 +83,52 @@ def test_kernels_are_compiled_while_others_are_generated(monkeypatch):
     ahead, asked = events[:module], events[module + 1 :]
     assert set(ahead) == set(asked) and len(asked) > 1  # backward's module is made later, by backward()
     assert compiled.shape == (64, 32)
+
+
+def rows(width):
+    norm, x = nn.LayerNorm(width), torch.randn(4, 6, width)
+
+    def function(x):
+        y = norm(x).softmax(-1)
+        return y.transpose(0, 2).contiguous(), y.sum(0), y.to(torch.bfloat16), x.amax(1)
+
+    return function, (x,)
+
+
+def tiles(outer, inner):
+    x, y = torch.randn(4, outer, inner), torch.randn(4, inner, outer)
+
+    def function(x, y):
+        return (x * y.transpose(1, 2)).sum((0, 2))  # which is stored as the kernel of both tails would
+
+    return function, (x, y)
+
+
+# and whether some of its loops are empty
+CASES = {
+    "rows": (rows(64), True), "rows, tail": (rows(65), False), "rows, tail alone": (rows(5), False),
+    "tiles": (tiles(64, 64), True), "tiles, outer tail": (tiles(65, 64), True),
+    "tiles, outer tail alone": (tiles(8, 64), True), "tiles, inner tail": (tiles(64, 65), True),
+    "tiles, tails alone": (tiles(8, 5), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case, some_are_empty", CASES.values(), ids=CASES)
+def test_without_empty_tails_the_generated_code_is_the_same(case, some_are_empty, monkeypatch):
+    function, inputs = case
+    generated = []
+    codegen = SchedulerNode.codegen
+    monkeypatch.setattr(SchedulerNode, "codegen", lambda *args: generated.append(args) or codegen(*args))
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
+
+    def code(setting):
+        generated.clear()
+        torch._dynamo.reset()
+        with inductor.patch(force_disable_caches=True), torch.no_grad(), setting:
+            _, (found,) = run_and_get_code(torch.compile(function), *inputs)
+        return [line for line in found.splitlines() if not line.startswith("#")], len(generated)
+
+    stock, bodies = code(contextlib.nullcontext())
+    found, fewer = code(no_empty_tails)
+    assert found == stock
+    assert (fewer < bodies) == some_are_empty
