@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +43,14 @@ from graphopt.lowering.ops import define
 
 MANY = 12  # encoders: writing C++ for so many takes as long as compiling one kernel more
 AS_STRIDED = torch.ops.aten.as_strided.default
+
+
+@dataclass
+class _Encoders:
+    """Of a graph that Inductor lowers: tensors encoded, by size, dtype and codec; and the functions made so far."""
+
+    counts: Counter[tuple[int, torch.dtype, str]]
+    functions: dict[tuple[Any, str], Subgraph] = field(default_factory=dict)
 
 
 def _encode(x: Tensor, order: Sequence[int], codec: str, seed: Tensor | None) -> list[Tensor]:
@@ -115,13 +124,18 @@ def _is_apart(x: Any, rows: Tensor, codec: str) -> bool:
 
 def _count(x: Tensor, codec: str) -> int:
     """How many tensors of that size are encoded so in the graph that is compiled."""
-    counts = vars(V.graph).get("graphopt_counts")
-    if counts is None:
+    return _encoders().counts[x.numel(), x.dtype, codec]
+
+
+def _encoders() -> _Encoders:
+    # kept by Inductor's own graph: its functions refer to it, so that a table with weak keys would keep it for good
+    found: _Encoders | None = vars(V.graph).get("graphopt_encoders")
+    if found is None:
         encoded = [node.args for node in V.graph.graph.find_nodes(op="call_function", target=ENCODE)]
-        found = ((each.meta["val"], name) for each, _, name, _ in encoded)
-        counts = Counter((value.numel(), value.dtype, name) for value, name in found if layout(value) is not None)
-        vars(V.graph)["graphopt_counts"] = counts
-    return int(counts[x.numel(), x.dtype, codec])
+        values: Any = ((x.meta["val"], codec) for x, _, codec, _ in encoded)
+        counts = Counter((value.numel(), value.dtype, codec) for value, codec in values if layout(value) is not None)
+        found = vars(V.graph)["graphopt_encoders"] = _Encoders(counts)
+    return found
 
 
 def _apart(fakes: Sequence[Tensor], order: Sequence[int], codec: str, given: Sequence[Any]) -> list[TensorBox]:
@@ -130,7 +144,7 @@ def _apart(fakes: Sequence[Tensor], order: Sequence[int], codec: str, given: Seq
     It is what Inductor makes of `torch.compiler.nested_compile_region`, whose node stands in for ours meanwhile.
     """
     flat = [fakes[0].permute(list(order)).view(-1), *fakes[1:]]
-    known = vars(V.graph).setdefault("graphopt_encoders", {})
+    known = _encoders().functions
     key = layout(flat[0]), codec
     if key not in known:
         gm = _traced(_encoded, tuple(map(layout, flat)), ((0,), codec))
