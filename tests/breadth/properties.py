@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from graphopt import split
+from graphopt import partition, split
 from graphopt.errors import PlanError
 from graphopt.lowering.decompose import inductor_table
 
@@ -56,14 +57,16 @@ class Result:
         return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in self.saved}.values())
 
 
-def stock(gm: Any, example_inputs: Sequence[Any]) -> Any:
-    """Stock Inductor's decompositions and cut, the graphs run node by node."""
-    compiler = aot_autograd(
-        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=inductor_table(),
+def _backend(cut: Callable[..., Any]) -> Callable[..., Any]:
+    """Stock Inductor's decompositions and a cut, the graphs run node by node."""
+    return aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward), partition_fn=cut, decompositions=inductor_table()
     )
-    return compiler(gm, example_inputs)
+
+
+stock = _backend(min_cut_rematerialization_partition)
+# stock's cut but for what backward compares for equality, which stock makes anew: wrong if a last bit is another then
+stock_but_comparisons = _backend(partial(partition.cut, heuristics=partition.STOCK))
 
 
 def step(
@@ -130,12 +133,18 @@ def violations(network: Network, preset: str, backend: Any = "lowmem_eager") -> 
     allowed = max(ERRORS.get(preset, 0.0), _rounding(eager.gradients, precise.gradients, eps))
     if not (apart := _apart(found.gradients, eager.gradients)) <= allowed:
         broken.append(f"gradients differ from those of eager by {apart:.3g}, allowed are {allowed:.3g}")
-    if found.bytes > reference.bytes:
-        broken.append(f"{found.bytes} bytes are saved, under stock {reference.bytes}")
     budget = options.get("memory_budget", math.inf)
-    if found.bytes > (allowed := budget * (reference.bytes if budget <= 1 else 1)):
+    most = reference.bytes
+    if found.bytes > min(budget, 1) * most:
+        torch._dynamo.reset()
+        most = max(most, step(network, stock_but_comparisons).bytes)
+    if found.bytes > most:
+        broken.append(f"{found.bytes} bytes are saved, under stock {most}")
+    if found.bytes > (allowed := budget * (most if budget <= 1 else 1)):
         broken.append(f"{found.bytes} bytes are saved, the budget is {allowed}")
-    if any(_shows(saved, parameter) for saved in found.saved for parameter in network.build()[0].parameters()):
+    # a bias is also what a linear makes of zeros
+    weights = [each for name, each in network.build()[0].named_parameters() if not name.endswith("bias")]
+    if any(_shows(saved, weight) for saved in found.saved for weight in weights):
         broken.append("a copy of a parameter is saved")
     return broken
 

@@ -41,6 +41,18 @@ FOUND = {
             Step("lookup", 2, 1, 14), Step("join", 0, 3, 14),
         ), batch=3, tokens=7, width=8, trained=True, dynamic=True), "exact",
     ),
+    # backward compares a sum with its maximum: stock saves the maximum and makes the sum anew, which may find no equal
+    "a maximum over what is made anew": (
+        Network((Step("linear"), Step("activation"), Step("join"), Step("reduction", option=17)), 4, 16, 32), "exact",
+    ),
+    # zeros through a linear are its bias, and were taken for a copy of it
+    "a linear of zeros": (
+        Network((
+            Step("activation", 0, 1, 5, True, returned=True), Step("join", 2, 2, 13), Step("write", 3, 2, 10, True),
+            Step("linear", 2, 2, 7, returned=True), Step("linear", 1, 3, 15, returned=True),
+            Step("attention", 2, 3, 3, True, True, True), Step("join", 2, 3, 19),
+        ), batch=1, tokens=1, width=8, inputs=2), "two bits",
+    ),
     # what a maximum compares with a checkpointed value was saved, which is made anew in any case
     "a maximum over what is checkpointed": (
         Network((
