@@ -18,7 +18,6 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._functorch import partitioners
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -249,14 +248,6 @@ def _reach(nodes: Sequence[fx.Node], after: Container[fx.Node], output: fx.Node)
         seen.update(more)
         queue.extend(more)
     return False
-
-
-def merge_equal(gm: fx.GraphModule) -> fx.GraphModule:
-    """Compute what is computed twice once, as the cut does; in place."""
-    gm.graph.eliminate_dead_code()
-    gm.graph = fx_graph_cse(gm.graph)
-    gm.recompile()
-    return gm
 
 
 def has_preferred(gm: fx.GraphModule) -> bool:

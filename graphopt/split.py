@@ -21,6 +21,7 @@ from torch import fx
 
 from graphopt import passes
 from graphopt.crossing import CUT, Crossing, Cut, Halves, crossing_of, mark
+from graphopt.cse import merge_equal
 from graphopt.errors import PassError, PlanError
 from graphopt.graph import copy
 from graphopt.lowering.decompose import decompose
@@ -33,7 +34,6 @@ from graphopt.partition import (
     cut_as_tagged,
     has_preferred,
     keep_overwritten,
-    merge_equal,
     prefer,
 )
 from graphopt.pipeline import Pass, PassRecord, bind, blamed, run, take_back

@@ -45,6 +45,14 @@ FOUND = {
     "a maximum over what is made anew": (
         Network((Step("linear"), Step("activation"), Step("join"), Step("reduction", option=17)), 4, 16, 32), "exact",
     ),
+    # a linear computed twice was merged, and views of the one counted as tensors beside those of the other
+    "keys of a double attention": (
+        Network((
+            Step("linear"), Step("linear", 2, 0, 13), Step("write"), Step("linear", 2, 2, 7, returned=True),
+            Step("linear", 1, 3, 15, returned=True), Step("attention", 2, 3, 3, True, True, True),
+            Step("linear", 1, 3, 15, returned=True),
+        ), batch=1, tokens=1, width=8, inputs=2), "two bits",
+    ),
     # zeros through a linear are its bias, and were taken for a copy of it
     "a linear of zeros": (
         Network((
