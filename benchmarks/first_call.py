@@ -4,8 +4,8 @@
 
 Each is a process of its own, without any cache. Layer by layer, `layer.compile()` of each, torch compiles the first and
 finds the others alike. Seconds of the wall clock count the C++ compiler of the CPU, which runs beside on other cores;
-seconds of all cores do too. One run varies by a tenth, so methods take turns for several rounds, and a round's methods
-are compared with each other.
+seconds of all cores do too. One run varies by a tenth, so methods take turns for several rounds, another first in each,
+and a round's methods are compared with each other.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT, help="the JSON written (default: %(default)s)")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "METHOD", "WAY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds takes 1 or more")
     if arguments.one:
         print(json.dumps(measure(*arguments.one)))
         return
@@ -53,12 +55,13 @@ def main() -> None:
     for model in arguments.models:
         for way in (WHOLE, BY_LAYER):
             runs: dict[str, list[dict[str, float]]] = {method: [] for method in arguments.methods}
-            for _ in range(arguments.rounds):
-                for method, found in runs.items():
-                    found.append(_apart(model, method, way))
-                    print(model, way, method, found[-1], flush=True)
+            for turn in range(arguments.rounds):
+                first = turn % len(runs)
+                for method in [*list(runs)[first:], *list(runs)[:first]]:
+                    runs[method].append(_apart(model, method, way))
+                    print(model, way, method, runs[method][-1], flush=True)
             results["rows"] += [_row(model, way, method, found) for method, found in runs.items()]
-    write(arguments.out, results)
+            write(arguments.out, results)
 
 
 def measure(model: str, method: str, way: str) -> dict[str, float]:
