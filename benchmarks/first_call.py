@@ -57,7 +57,7 @@ def main() -> None:
             runs: dict[str, list[dict[str, float]]] = {method: [] for method in arguments.methods}
             for turn in range(arguments.rounds):
                 first = turn % len(runs)
-                for method in [*list(runs)[first:], *list(runs)[:first]]:
+                for method in [*arguments.methods[first:], *arguments.methods[:first]]:
                     runs[method].append(_apart(model, method, way))
                     print(model, way, method, runs[method][-1], flush=True)
             results["rows"] += [_row(model, way, method, found) for method, found in runs.items()]

@@ -40,6 +40,6 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _shows(view: fx.Node) -> bool:
-    values, base = view.meta["val"], tensor(view.args[0])
+    values, base = view.meta["val"], view.args[0].meta["val"]  # type: ignore[union-attr]
     every = values if isinstance(values, (list, tuple)) else [values]
-    return base is None or all(storage(each) == storage(base) for each in every)
+    return all(storage(each) == storage(base) for each in every)

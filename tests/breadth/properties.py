@@ -58,10 +58,17 @@ class Result:
 
 
 def _backend(cut: Callable[..., Any]) -> Callable[..., Any]:
-    """Stock Inductor's decompositions and a cut, the graphs run node by node."""
-    return aot_autograd(
-        fw_compiler=lambda graph, _: make_boxed_func(graph.forward), partition_fn=cut, decompositions=inductor_table()
-    )
+    """Stock Inductor's decompositions, those of its settings at the time, and a cut; the graphs run node by node."""
+
+    def backend(gm: Any, example_inputs: Sequence[Any]) -> Any:
+        compiler = aot_autograd(
+            fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+            partition_fn=cut,
+            decompositions=inductor_table(),
+        )
+        return compiler(gm, example_inputs)
+
+    return backend
 
 
 stock = _backend(min_cut_rematerialization_partition)
