@@ -4,6 +4,7 @@
     young_garbage_only      no full run of the garbage collector
     kernels_ahead           the C++ compiler starts on each kernel while Inductor generates the next
     no_empty_tails          no C++ is generated of what vectors leave over where they leave nothing
+    seeds_by_argument       C++ kernels that differ in nothing but which seeds they read are one
 
 Each is a context manager and a decorator. Several threads may be inside one; the last to leave it puts things back.
 """
@@ -17,12 +18,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 from networkx.algorithms.flow import boykov_kolmogorov, maxflow
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
-from torch._inductor.codegen.cpp import CppKernelProxy, CppTile2DKernel, CppVecKernel
+from torch._inductor.codegen.cpp import CppKernel, CppKernelProxy, CppTile2DKernel, CppVecKernel
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.loop_body import LoopBody
+from torch._inductor.ops_handler import WrapperHandler
 from torch._inductor.virtualized import V
 
 NEVER = 2**31 - 1  # collections of the middle generation before a full one
@@ -74,27 +77,29 @@ def _ahead(define: Callable[..., None]) -> Callable[..., None]:
     return define_kernel
 
 
-def _without_empty_tails(codegen: Callable[..., None]) -> Callable[..., None]:
-    """Let Inductor's C++ kernels generate nothing of the loop behind the last whole vector where it has no iterations.
+def _each_body(change: Callable[..., Callable[..., Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let Inductor's C++ kernels be generated of loop bodies that are changed."""
+
+    def of(codegen: Callable[..., None]) -> Callable[..., None]:
+        def codegen_functions(self: Any, fn_list: Sequence[Any], var_sizes_list: Any) -> None:
+            codegen(self, [fn if isinstance(fn, LoopBody) else changed(fn) for fn in fn_list], var_sizes_list)
+
+        return codegen_functions
+
+    def changed(fn: Any) -> Any:
+        body = change(fn)
+        body.original_fn = getattr(fn, "original_fn", fn)  # type: ignore[attr-defined]  # which Inductor looks into
+        return body
+
+    return of
+
+
+def _unless_empty(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Nothing of the loop behind the last whole vector where it has no iterations.
 
     The condition that it would stand under being false, what is generated of it is thrown away in any case.
     """
-
-    def codegen_functions(self: Any, fn_list: Sequence[Any], var_sizes_list: Any) -> None:
-        codegen(self, [_unless_empty(fn) for fn in fn_list], var_sizes_list)
-
-    return codegen_functions
-
-
-def _unless_empty(fn: Any) -> Any:
-    if isinstance(fn, LoopBody):
-        return fn
-
-    def body(*index_vars: Any) -> Any:
-        return None if _empty(V.kernel) else fn(*index_vars)
-
-    body.original_fn = getattr(fn, "original_fn", fn)  # type: ignore[attr-defined]  # which Inductor looks into
-    return body
+    return lambda *index_vars: None if _empty(V.kernel) else fn(*index_vars)
 
 
 def _empty(kernel: Any) -> bool:
@@ -103,6 +108,24 @@ def _empty(kernel: Any) -> bool:
         outer, inner = kernel.outer_tail_size, kernel.inner_tail_size
         return bool(outer == 0 or (outer is None and inner == 0))
     return isinstance(kernel, CppVecKernel) and bool(kernel.tail_size == 0)
+
+
+def _told_of_seeds(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The place of each seed an argument of the kernel, as in Inductor's Triton code, where stock's C++ has a number."""
+
+    def body(*index_vars: Any) -> Any:
+        if not isinstance(V.kernel, CppKernel):  # Inductor looks at what is read
+            return fn(*index_vars)
+        with V.set_ops_handler(_SeedsByArgument(V.ops)):
+            return fn(*index_vars)
+
+    return body
+
+
+class _SeedsByArgument(WrapperHandler):
+    def load_seed(self, name: str, offset: int) -> Any:
+        place = sympy.Symbol(V.kernel.args.seed_offset("load_seed_offset", offset), integer=True, nonnegative=True)
+        return self._inner.load(name, place)
 
 
 # Up to seven times as fast as the default of networkx on the graph of a GPT-2 of twelve layers. The cut is the same:
@@ -119,4 +142,7 @@ young_garbage_only = Setting(
 kernels_ahead = attribute(PythonWrapperCodegen, "define_kernel", _ahead)
 
 # Stock generates each loop once without vectors, once with them, and once for what they leave over, nothing mostly.
-no_empty_tails = attribute(CppKernelProxy, "codegen_functions", _without_empty_tails)
+no_empty_tails = attribute(CppKernelProxy, "codegen_functions", _each_body(_unless_empty))
+
+# Layers that are alike in all but their dropouts' seeds share their kernels: a third of those of a GPT-2.
+seeds_by_argument = attribute(CppKernelProxy, "codegen_functions", _each_body(_told_of_seeds))

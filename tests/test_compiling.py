@@ -14,7 +14,7 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.utils import run_and_get_code
 
-from graphopt.compiling import attribute, no_empty_tails
+from graphopt.compiling import attribute, no_empty_tails, seeds_by_argument
 
 
 def test_the_last_thread_to_leave_puts_a_setting_back():
@@ -132,3 +132,28 @@ def test_without_empty_tails_the_generated_code_is_the_same(case, some_are_empty
     found, fewer = code(no_empty_tails)
     assert found == stock
     assert (fewer < bodies) == some_are_empty
+
+
+def dropouts(x):
+    for _ in range(3):
+        x = nn.functional.dropout(x, 0.3) @ x.T
+    several = nn.functional.dropout(x, 0.3) + torch.rand_like(x)
+    return several, nn.functional.dropout(x.T, 0.2).sum(0), torch.randint(9, (7,)), torch.randn(())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, dynamic", [(37, False), (37, True), (2, False)])
+def test_kernels_that_read_other_seeds_are_one_and_draw_what_stock_draws(size, dynamic):
+    x = torch.randn(size, size)
+
+    def run(setting):
+        torch._dynamo.reset()
+        with inductor.patch(force_disable_caches=True), setting:
+            torch.manual_seed(0)
+            found, (code,) = run_and_get_code(torch.compile(dropouts, dynamic=dynamic), x)
+        return found, code.count("cpp_pybinding(")
+
+    drawn, kernels = run(contextlib.nullcontext())
+    found, fewer = run(seeds_by_argument)
+    assert all(torch.equal(*both) for both in zip(found, drawn, strict=True))
+    assert fewer == kernels - 2  # of three dropouts
