@@ -144,5 +144,5 @@ kernels_ahead = attribute(PythonWrapperCodegen, "define_kernel", _ahead)
 # Stock generates each loop once without vectors, once with them, and once for what they leave over, nothing mostly.
 no_empty_tails = attribute(CppKernelProxy, "codegen_functions", _each_body(_unless_empty))
 
-# Layers that are alike in all but their dropouts' seeds share their kernels: a third of those of a GPT-2.
+# Layers that are alike in all but their dropouts' seeds share their kernels, which are half of those of a GPT-2.
 seeds_by_argument = attribute(CppKernelProxy, "codegen_functions", _each_body(_told_of_seeds))
