@@ -111,7 +111,7 @@ def _empty(kernel: Any) -> bool:
 
 
 def _told_of_seeds(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The place of each seed an argument of the kernel, as in Inductor's Triton code, where stock's C++ has a number."""
+    """The place of each seed an argument of the kernel, as in Inductor's Triton code; stock's C++ has a number."""
 
     def body(*index_vars: Any) -> Any:
         if not isinstance(V.kernel, CppKernel):  # Inductor looks at what is read
