@@ -25,7 +25,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt import passes
-from graphopt.compiling import kernels_ahead, no_empty_tails, seeds_by_argument, young_garbage_only
+from graphopt.compiling import kernels_ahead, no_empty_tails, quick_links, seeds_by_argument, young_garbage_only
 from graphopt.loud import loud
 from graphopt.lowering.decompose import decompose, tracing_table
 from graphopt.options import Options, parse
@@ -107,6 +107,7 @@ class Partitioner(CustomPartitionerFn):
 @kernels_ahead
 @no_empty_tails
 @seeds_by_argument
+@quick_links
 def _inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     # a graph without gradients never met the partitioner, so its canonical operators are still whole; once spelt out,
     # Inductor's own table is the right one, and the only one that its cache has a key for

@@ -5,6 +5,7 @@
     kernels_ahead           the C++ compiler starts on each kernel while Inductor generates the next
     no_empty_tails          no C++ is generated of what vectors leave over where they leave nothing
     seeds_by_argument       C++ kernels that differ in nothing but which seeds they read are one
+    quick_links             the linker does not read libtorch for each of them
 
 Each is a context manager and a decorator. Several threads may be inside one; the last to leave it puts things back.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import sympy
 from networkx.algorithms.flow import boykov_kolmogorov, maxflow
+from torch._inductor import cpp_builder
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.cpp import CppKernel, CppKernelProxy, CppTile2DKernel, CppVecKernel
@@ -27,6 +29,8 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.loop_body import LoopBody
 from torch._inductor.ops_handler import WrapperHandler
 from torch._inductor.virtualized import V
+
+from graphopt.linking import quickly
 
 NEVER = 2**31 - 1  # collections of the middle generation before a full one
 CPP = "async_compile.cpp_pybinding("
@@ -146,3 +150,6 @@ no_empty_tails = attribute(CppKernelProxy, "codegen_functions", _each_body(_unle
 
 # Layers that are alike in all but their dropouts' seeds share their kernels, which are half of those of a GPT-2.
 seeds_by_argument = attribute(CppKernelProxy, "codegen_functions", _each_body(_told_of_seeds))
+
+# A third of what a small kernel takes. It has the same key in Inductor's caches, since the compiler is the same.
+quick_links = attribute(cpp_builder, "run_compile_cmd", quickly)

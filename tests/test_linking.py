@@ -1,0 +1,59 @@
+"""Generated kernels are linked against stand-ins, and load and run as if they were not."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+from torch._inductor import cpp_builder
+from torch.utils.cpp_extension import TORCH_LIB_PATH
+
+from graphopt import linking
+from graphopt.linking import with_stand_ins
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="stand-ins are made on Linux alone")
+COMMAND = f"g++ k.cpp -O0 -shared -fPIC -o k.so  -ltorch -ltorch_cpu -ltorch_python -L{TORCH_LIB_PATH} "
+
+
+@on_linux
+def test_the_linker_reads_a_stand_in_and_the_kernel_names_the_library(tmp_path):
+    (tmp_path / "k.cpp").write_text('extern "C" float Sleef_expf16_u10(); float f() { return Sleef_expf16_u10(); }')
+
+    def read(command):
+        words = [*shlex.split(command), "-Wl,--trace"]
+        found = subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        needed = subprocess.run(["readelf", "-d", "k.so"], cwd=tmp_path, check=True, capture_output=True, text=True)
+        assert "[libtorch_cpu.so]" in needed.stdout
+        return f"{TORCH_LIB_PATH}/libtorch_cpu.so" in found
+
+    assert read(COMMAND)
+    assert not read(with_stand_ins(COMMAND))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        COMMAND.replace("-ltorch_python", ""),  # ahead of time, for a process without Python
+        COMMAND.replace("-shared", "-c"),
+        "g++ k.cpp -shared -o k.so",
+        COMMAND.replace("g++", "no-such-compiler"),
+        COMMAND.replace("g++", "false"),
+    ],
+)
+def test_other_commands_stay_as_they_are(command):
+    assert with_stand_ins(command) == command
+
+
+@on_linux
+@pytest.mark.slow
+def test_what_is_linked_so_is_loaded_and_runs(monkeypatch):
+    commands = []
+    compile_it = cpp_builder._run_compile_cmd
+    monkeypatch.setattr(cpp_builder, "_run_compile_cmd", lambda *args: commands.append(args[0]) or compile_it(*args))
+    x = torch.randn(64, 64)
+    with inductor.patch(force_disable_caches=True):
+        found = torch.compile(lambda x: x.exp().sum(1) + x.erf().sum(1), backend="lowmem")(x)  # both of libtorch_cpu
+    torch.testing.assert_close(found, x.exp().sum(1) + x.erf().sum(1))
+    assert linking.KEPT[0] in commands[-1]
