@@ -8,6 +8,7 @@ shared library may leave open what it calls.
 
 from __future__ import annotations
 
+import atexit
 import shlex
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def with_stand_ins(command: str) -> str:
 def _stand_ins(compiler: str) -> TemporaryDirectory[str] | None:
     """A directory of empty libraries, made once in a process; None where the compiler or linker cannot do it."""
     directory = TemporaryDirectory(prefix="graphopt_")
+    atexit.register(directory.cleanup)
     empty = (compiler, "-shared", "-nostdlib", "-x", "c++", "/dev/null", "-x", "none")
     try:
         for name in ("torch_cpu", "torch_python"):
