@@ -17,6 +17,7 @@ import contextlib
 import gc
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import sympy
@@ -81,21 +82,20 @@ def _ahead(define: Callable[..., None]) -> Callable[..., None]:
     return define_kernel
 
 
-def _each_body(change: Callable[..., Callable[..., Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _each_body(change: Callable[..., Callable[..., Any]], codegen: Callable[..., None]) -> Callable[..., None]:
     """Let Inductor's C++ kernels be generated of loop bodies that are changed."""
 
-    def of(codegen: Callable[..., None]) -> Callable[..., None]:
-        def codegen_functions(self: Any, fn_list: Sequence[Any], var_sizes_list: Any) -> None:
-            codegen(self, [fn if isinstance(fn, LoopBody) else changed(fn) for fn in fn_list], var_sizes_list)
-
-        return codegen_functions
-
     def changed(fn: Any) -> Any:
+        if isinstance(fn, LoopBody):
+            return fn
         body = change(fn)
         body.original_fn = getattr(fn, "original_fn", fn)  # type: ignore[attr-defined]  # which Inductor looks into
         return body
 
-    return of
+    def codegen_functions(self: Any, fn_list: Sequence[Any], var_sizes_list: Any) -> None:
+        codegen(self, [changed(fn) for fn in fn_list], var_sizes_list)
+
+    return codegen_functions
 
 
 def _unless_empty(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,10 +146,10 @@ young_garbage_only = Setting(
 kernels_ahead = attribute(PythonWrapperCodegen, "define_kernel", _ahead)
 
 # Stock generates each loop once without vectors, once with them, and once for what they leave over, nothing mostly.
-no_empty_tails = attribute(CppKernelProxy, "codegen_functions", _each_body(_unless_empty))
+no_empty_tails = attribute(CppKernelProxy, "codegen_functions", partial(_each_body, _unless_empty))
 
 # Layers that are alike in all but their dropouts' seeds share their kernels, which are half of those of a GPT-2.
-seeds_by_argument = attribute(CppKernelProxy, "codegen_functions", _each_body(_told_of_seeds))
+seeds_by_argument = attribute(CppKernelProxy, "codegen_functions", partial(_each_body, _told_of_seeds))
 
 # A third of what a small kernel takes. Inductor's caches keep it under the command that stock would run.
 quick_links = attribute(cpp_builder, "run_compile_cmd", quickly)

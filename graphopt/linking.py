@@ -16,9 +16,10 @@ from collections.abc import Callable
 from functools import cache
 from tempfile import TemporaryDirectory
 
-NEEDED = " -ltorch_cpu -ltorch_python "
+LIBRARIES = ("torch_cpu", "torch_python")
+NEEDED = f" {' '.join(f'-l{name}' for name in LIBRARIES)} "
 # some compilers leave out libraries that nothing is found in, as the stand-ins
-KEPT = ("-Wl,--push-state,--no-as-needed", *NEEDED.split(), "-Wl,--pop-state")
+KEPT = f" -Wl,--push-state,--no-as-needed{NEEDED}-Wl,--pop-state "
 
 
 def quickly(run: Callable[[str, str], None]) -> Callable[[str, str], None]:
@@ -37,7 +38,7 @@ def with_stand_ins(command: str) -> str:
     directory = _stand_ins(shlex.split(command)[0])
     if directory is None:
         return command
-    return command.replace(NEEDED, f" -L{shlex.quote(directory.name)} {' '.join(KEPT)} ", 1)
+    return command.replace(NEEDED, f" -L{shlex.quote(directory.name)}{KEPT}", 1)
 
 
 @cache
@@ -47,10 +48,12 @@ def _stand_ins(compiler: str) -> TemporaryDirectory[str] | None:
     atexit.register(directory.cleanup)
     empty = (compiler, "-shared", "-nostdlib", "-x", "c++", "/dev/null", "-x", "none")
     try:
-        for name in ("torch_cpu", "torch_python"):
+        for name in LIBRARIES:
             command = (*empty, f"-Wl,-soname,lib{name}.so", "-o", f"lib{name}.so")
             subprocess.run(command, cwd=directory.name, check=True, capture_output=True)
-        subprocess.run((*empty, "-L.", *KEPT, "-o", "try.so"), cwd=directory.name, check=True, capture_output=True)
+        subprocess.run(
+            (*empty, "-L.", *KEPT.split(), "-o", "try.so"), cwd=directory.name, check=True, capture_output=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return directory

@@ -1,5 +1,6 @@
 """Generated kernels are linked against stand-ins, and load and run as if they were not."""
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 from torch._inductor import cpp_builder
+from torch._inductor.cpu_vec_isa import VecAVX2, VecISA
 from torch.utils.cpp_extension import TORCH_LIB_PATH
 
 from graphopt import linking
+from graphopt.compiling import quick_links
 from graphopt.linking import with_stand_ins
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="stand-ins are made on Linux alone")
@@ -56,4 +59,14 @@ def test_what_is_linked_so_is_loaded_and_runs(monkeypatch):
     with inductor.patch(force_disable_caches=True):
         found = torch.compile(lambda x: x.exp().sum(1) + x.erf().sum(1), backend="lowmem")(x)  # both of libtorch_cpu
     torch.testing.assert_close(found, x.exp().sum(1) + x.erf().sum(1))
-    assert linking.KEPT[0] in commands[-1]
+    assert linking.KEPT in commands[-1]
+
+
+@on_linux
+def test_vector_instructions_are_found_as_before(monkeypatch, tmp_path):
+    def found(setting, cache):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / cache))
+        with setting:  # tried out by a process without torch, which loads what is linked so
+            return VecAVX2().check_build(VecISA._avx_code)
+
+    assert found(quick_links, "quick") == found(contextlib.nullcontext(), "stock")
