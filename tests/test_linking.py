@@ -1,9 +1,9 @@
 """Generated kernels are linked against stand-ins, and load and run as if they were not."""
 
-import contextlib
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,12 +17,13 @@ from graphopt.compiling import quick_links
 from graphopt.linking import with_stand_ins
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="stand-ins are made on Linux alone")
-COMMAND = f"g++ k.cpp -O0 -shared -fPIC -o k.so  -ltorch -ltorch_cpu -ltorch_python -L{TORCH_LIB_PATH} "
+COMMAND = f"g++ k.cpp -O0 -Wall -shared -fPIC -o k.so  -ltorch -ltorch_cpu -ltorch_python -L{TORCH_LIB_PATH} "
 
 
 @on_linux
 def test_the_linker_reads_a_stand_in_and_the_kernel_names_the_library(tmp_path):
-    (tmp_path / "k.cpp").write_text('extern "C" float Sleef_expf16_u10(); float f() { return Sleef_expf16_u10(); }')
+    source = "namespace at { class Context; Context &globalContext(); } void f() { at::globalContext(); }"
+    (tmp_path / "k.cpp").write_text(source)
 
     def read(command):
         words = [*shlex.split(command), "-Wl,--trace"]
@@ -40,7 +41,8 @@ def test_the_linker_reads_a_stand_in_and_the_kernel_names_the_library(tmp_path):
     [
         COMMAND.replace("-ltorch_python", ""),  # ahead of time, for a process without Python
         COMMAND.replace("-shared", "-c"),
-        "g++ k.cpp -shared -o k.so",
+        COMMAND.replace("-Wall", ""),  # by which vector instructions are tried out
+        "g++ k.cpp -Wall -shared -o k.so",
         COMMAND.replace("g++", "no-such-compiler"),
         COMMAND.replace("g++", "false"),
     ],
@@ -63,10 +65,32 @@ def test_what_is_linked_so_is_loaded_and_runs(monkeypatch):
 
 
 @on_linux
-def test_vector_instructions_are_found_as_before(monkeypatch, tmp_path):
-    def found(setting, cache):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / cache))
-        with setting:  # tried out by a process without torch, which loads what is linked so
-            return VecAVX2().check_build(VecISA._avx_code)
+def test_stand_ins_are_made_once_and_nothing_else_is_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(with_stand_ins, [COMMAND] * 8))) == 1
+    (directory,) = tmp_path.iterdir()
+    assert {file.name for file in directory.iterdir()} == {f"lib{name}.so" for name in linking.LIBRARIES}
+    linking._stand_ins.cache_clear()  # as another process
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("made again"))
+    assert str(directory) in with_stand_ins(COMMAND)
 
-    assert found(quick_links, "quick") == found(contextlib.nullcontext(), "stock")
+
+@on_linux
+def test_libraries_that_are_loaded_by_other_names_have_no_stand_ins(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(linking, "LIBRARIES", ("torch_cpu_of_version_2", "torch_python"))
+    assert with_stand_ins(COMMAND) == COMMAND
+
+
+@on_linux
+def test_vector_instructions_are_tried_out_as_before(monkeypatch, tmp_path):
+    commands = []
+    compile_it = cpp_builder._run_compile_cmd
+    monkeypatch.setattr(cpp_builder, "_run_compile_cmd", lambda *args: commands.append(args[0]) or compile_it(*args))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with quick_links:  # what is compiled is loaded by a process without torch
+        VecAVX2().check_build(VecISA._avx_code)
+    assert len(commands) == 1
+    assert linking.NEEDED in commands[0]
+    assert linking.KEPT not in commands[0]
