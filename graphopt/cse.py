@@ -9,7 +9,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch.compile_utils import fx_graph_cse
 
-from graphopt.graph import fake_mode, storage, tensor
+from graphopt.graph import fake_mode, is_view, storage, tensor
 
 
 def merge_equal(gm: fx.GraphModule) -> fx.GraphModule:
@@ -27,16 +27,16 @@ def _show_merged(graph: fx.Graph) -> None:
     Otherwise two views of one tensor count as two tensors that are saved.
     """
     for node in graph.nodes:
-        if _is_view(node) and not _shows(node):
+        if _is_view_of_tensor(node) and not _shows(node):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
             with fake_mode(graph), enable_python_dispatcher(), torch.no_grad():
                 node.meta["val"] = node.target(*args, **kwargs)
-        elif node.target is operator.getitem and _is_view(node.args[0]):
+        elif node.target is operator.getitem and _is_view_of_tensor(node.args[0]):
             node.meta["val"] = node.args[0].meta["val"][node.args[1]]
 
 
-def _is_view(node: fx.Node) -> bool:
-    return bool(getattr(node.target, "is_view", False)) and tensor(node.args[0]) is not None
+def _is_view_of_tensor(node: fx.Node) -> bool:
+    return is_view(node) and tensor(node.args[0]) is not None
 
 
 def _shows(view: fx.Node) -> bool:

@@ -108,9 +108,14 @@ def owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 def _shows(node: fx.Node, read: fx.Node) -> bool:
     # a node copied by a rewrite has the fake tensor of its original, so a shared storage alone would not do
     value, base = tensor(node), tensor(read)
-    if getattr(node.target, "is_view", False):
+    if is_view(node):
         return read is node.args[0]
     return value is not None and base is not None and storage(value) == storage(base)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node is a view by its operator's schema, which ATen says of its own."""
+    return getattr(node.target, "is_view", False) is True
 
 
 def place_behind(node: fx.Node) -> fx.Node:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.compiling import quick_flow
 from graphopt.crossing import Crossing, Halves, crossing_if_saved, crossing_of
-from graphopt.graph import after_tangents, copy, in_backward, in_checkpoint, is_random, tensor
+from graphopt.graph import after_tangents, copy, in_backward, in_checkpoint, is_random, is_view, tensor
 
 aten = torch.ops.aten
 EQUALITY = (aten.eq.Tensor, aten.ne.Tensor)
@@ -267,7 +267,7 @@ def prefer(gm: fx.GraphModule) -> fx.GraphModule:
 def _forward_values(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
     """The forward nodes that a node of backward is made from; of a view or a choice, what it shows or chooses from."""
     for each in node.all_input_nodes:
-        if each in backward or getattr(each.target, "is_view", False) or each.target in CHOICE:
+        if each in backward or is_view(each) or each.target in CHOICE:
             yield from _forward_values(each, backward)
         else:
             yield each
