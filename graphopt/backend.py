@@ -75,15 +75,16 @@ def lowmem_eager(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """`lowmem` without Inductor: the same passes and cut, the graphs run node by node. For tests and debugging."""
-    own, _ = parse(options)
+    own, patches = parse(options)
     gm, _ = run(gm, example_inputs, passes.FORWARD, own.disable)
-    compiler = aot_autograd(
-        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
-        partition_fn=Partitioner(own),
-        decompositions=tracing_table(),
-        keep_inference_input_mutations=True,  # as under Inductor, buffers are written in the graph
-    )
-    return compiler(gm, example_inputs)
+    with inductor_config.patch(patches):
+        compiler = aot_autograd(
+            fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+            partition_fn=Partitioner(own),
+            decompositions=tracing_table(),
+            keep_inference_input_mutations=True,  # as under Inductor, buffers are written in the graph
+        )
+        return compiler(gm, example_inputs)
 
 
 class Partitioner(CustomPartitionerFn):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 from torch import Tensor, fx
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
@@ -32,7 +33,7 @@ from graphopt.crossing import Halves
 from graphopt.errors import CaptureError, OptionsError, PlanError
 from graphopt.graph import copy, owners
 from graphopt.lowering.decompose import tracing_table
-from graphopt.options import Options, parse
+from graphopt.options import Options, parse, with_preset
 from graphopt.partition import cut_as_tagged
 from graphopt.pipeline import bind, run
 from graphopt.plan import KEEP, RECOMPUTE, Plan
@@ -63,8 +64,7 @@ def calibrate(
 
     Raises OptionsError, PlanError for a budget out of reach, and CaptureError as `capture` does.
     """
-    given = {**({"preset": preset} if preset else {}), **(options or {})}
-    own, patches = parse(given or None)
+    own, patches = parse(with_preset(preset, options))
     if own.plan is not None:
         raise OptionsError("option 'plan': calibrate makes a plan, and takes none")
     if not own.planned:
@@ -102,8 +102,10 @@ class _Measuring(CustomPartitionerFn):
         self.leaves = [each for each in example_inputs if isinstance(each, Tensor) and each.requires_grad]
         gm, _ = run(gm, example_inputs, passes.FORWARD, self.options.disable)
         patches = {**self.patches, "custom_partitioner_fn": self}
+        with inductor_config.patch(patches):
+            table = tracing_table()
         with functorch_config.patch(enable_autograd_cache=False):
-            return compile_fx(gm, example_inputs, self._as_it_stands, patches, tracing_table())
+            return compile_fx(gm, example_inputs, self._as_it_stands, patches, table)
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Halves:
         self.outputs, planning = kwargs["num_fwd_outputs"], split(gm, joint_inputs, self.options, **kwargs).planning

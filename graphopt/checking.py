@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import CaptureError, OptionsError
 from graphopt.memory import saved_bytes
-from graphopt.options import parse
+from graphopt.options import parse, with_preset
 from graphopt.step import as_before, compiled, loss_of
 from graphopt.verdict import LOSS_FLOAT32, ROUNDING, Check, Gradient, limit
 
@@ -48,15 +48,15 @@ def check(
     """
     if steps < 1:
         raise OptionsError(f"steps is a number of at least 1, not {steps!r}")
-    given = {**({"preset": preset} if preset else {}), **(options or {})}
-    own, patches = parse(given or None)
+    given = with_preset(preset, options)
+    own, patches = parse(given)
     own_tensors = [each for each in pytree.tree_leaves((inputs, kwargs)) if isinstance(each, Tensor)]
     own_tensors += [*model.parameters(), *model.buffers()]
     with as_before(model), torch.enable_grad():
         exact = _float32(model, inputs, kwargs)
         ways = [
             _Way(model, compiled(model, "inductor", options=patches or None), inputs, kwargs),
-            _Way(model, compiled(model, "lowmem", options=given or None), inputs, kwargs),
+            _Way(model, compiled(model, "lowmem", options=given), inputs, kwargs),
         ]
         results = [way.seeded() for way in ways]
         sizes = [saved_bytes(way.forward, own_tensors) for way in ways]

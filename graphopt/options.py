@@ -114,14 +114,17 @@ class Options:
         if self.preset == "paper" and (self.memory_budget is not None or self.plan is not None):
             raise OptionsError("preset 'paper' is LowMemoryBP as published, which has no memory_budget and no plan")
         planned = {choice.decision for choice in self.plan.choices} if self.plan else set()
-        if self.preset == "exact" and (self.codecs or planned - {"keep", "recompute", "bits"}):
-            raise OptionsError("preset 'exact' has no codecs, and takes no plan that has")
+        if self.preset == "exact" and (self.codecs or self.tolerance or planned - {"keep", "recompute", "bits"}):
+            raise OptionsError("preset 'exact' has no codecs and no tolerance, and takes no plan that has codecs")
         names = self.disable
         if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
             raise OptionsError(f"option 'disable' is a list of pass names, not {self.disable!r}")
         for name in self.disable:
             _one_of("disable", name, NAMES)
         object.__setattr__(self, "disable", tuple(sorted(set(self.disable))))
+        for option in ("memory_budget", "plan", "codecs", "tolerance"):
+            if getattr(self, option) and (off := self._no_plans):
+                raise OptionsError(f"options {option!r} and {off}: the first is of plans, which the second leaves out")
 
     def value(self, option: str) -> Any:
         """What applies: what was given, or what the budget, or else the preset, has."""
@@ -145,7 +148,7 @@ class Options:
     @property
     def planned(self) -> bool:
         """Whether a plan decides what is saved; otherwise the cut does, exactly."""
-        if "encode" in self.disable or self.value("recompute") == "stock":
+        if self._no_plans:
             return False
         return (
             self.plan is not None
@@ -154,6 +157,15 @@ class Options:
             or self.value("tolerance") > 0
             or (self.value("recompute") == "any")
         )
+
+    @property
+    def _no_plans(self) -> str:
+        """The option by which nothing is planned, empty if there is none."""
+        if "encode" in self.disable:
+            return "'disable' of 'encode'"
+        if self.value("recompute") == "stock":
+            return "'recompute' of 'stock'" if self.recompute else f"'preset' of {self.preset!r}"
+        return ""
 
     def settings(self, stock: int) -> Settings:
         """What a plan may use and is for, where stock Inductor saves `stock` bytes."""
@@ -180,6 +192,11 @@ class Options:
 
 
 OWN = tuple(field.name for field in fields(Options))
+
+
+def with_preset(preset: str | None, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """`options` and the preset as one; None where neither is given, for which `parse` takes the environment's."""
+    return {**({"preset": preset} if preset else {}), **(options or {})} or None
 
 
 def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:

@@ -121,6 +121,8 @@ def _bytes_read(gm: fx.GraphModule) -> int:
 
 
 def _blame(name: str, error: Exception, gm: fx.GraphModule) -> str:
+    from graphopt.passes import NAMES
+
     # the node the pass was at: the last fx.Node among the locals of the frames the error came through
     node, trace = None, error.__traceback__
     while trace is not None:
@@ -128,9 +130,11 @@ def _blame(name: str, error: Exception, gm: fx.GraphModule) -> str:
         node, trace = (found[-1] if found else node), trace.tb_next
     where = f" at node {node.name} ({node.target})" if node is not None else ""
     line = f", made by {source_of(node)}" if node is not None and source_of(node) else ""
+    option = "encode" if name == "plan" else name  # without that pass nothing is planned
+    around = f"; the option 'disable' of {option!r} leaves it out" if option in NAMES else ""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"pass {name!r} failed{where}{line}: {type(error).__name__}: {error}\n"
         f"  raised at {last.filename}:{last.lineno}, in {last.name}\n"
-        "This is a bug in the pass, not in the model; the option 'disable' leaves out a pass by its name."
+        f"This is a bug in the pass, not in the model{around}."
     )

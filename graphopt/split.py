@@ -161,9 +161,10 @@ class _Splitting:
     def planned(self, best: Attempt, stock: int) -> tuple[Split | None, list[PassRecord]]:
         """The graph with a plan in it, none where the exact graph is as good; and what passes did."""
         options, settings = self.options, self.options.settings(stock)
-        if best.bytes <= settings.goal.budget < math.inf:
-            return None, []
         graph = copy(best.decomposed)
+        followed = options.plan is not None and options.plan.is_for(graph.graph)
+        if not followed and best.bytes <= settings.goal.budget < math.inf:
+            return None, []
         states = best.crossing.random_state_bytes
         for _ in range(REPLANNED):
             try:
@@ -180,6 +181,11 @@ class _Splitting:
             found, planned = crossing_of(halves, self.outputs).bytes, planning.plan.bytes
             if found <= settings.goal.budget:
                 break
+            if followed:
+                raise PlanError(
+                    f"option 'plan': {planning.plan.graph} saves {found:,} bytes, and 'memory_budget' allows "
+                    f"{int(settings.goal.budget):,}"
+                )
             states += max(0, found - planned)  # what torch's cut saves between two checkpointed regions
         else:
             raise PassError(f"the plan saves {planned:,} bytes, but its graph {found:,}: a bug of the planner")

@@ -176,11 +176,11 @@ def test_the_bodies_of_higher_order_operators(grad):
         torch.testing.assert_close(found, model.net.first.weight.grad, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_inductors_options_reach_the_decompositions():
+@pytest.mark.parametrize("backend", ["lowmem_eager", pytest.param("lowmem", marks=pytest.mark.slow)])
+def test_inductors_options_reach_the_decompositions(backend):
     """With fallback_random, dropout draws what eager draws."""
     x = torch.rand(64, 128, requires_grad=True)
-    compiled = torch.compile(lambda x: F.dropout(x * 2, 0.5), backend="lowmem", options={"fallback_random": True})
+    compiled = torch.compile(lambda x: F.dropout(x * 2, 0.5), backend=backend, options={"fallback_random": True})
     torch.manual_seed(3)
     y = compiled(x)
     torch.manual_seed(3)

@@ -137,6 +137,20 @@ def test_the_same_model_is_trained_under_the_plan_and_saves_its_bytes(backend, t
     assert saved == plan.bytes <= 0.2 * plan.stock
 
 
+@pytest.mark.slow
+def test_options_of_inductor_make_one_graph_for_all():
+    """Random numbers of Inductor's own, or those of eager mode, are other operators in the joint graph."""
+    model, options = Block(), {"memory_budget": 0.2, "fallback_random": True}
+    explained = graphopt.explain(model, x(), options=options)
+    plan = graphopt.calibrate(model, x(), options=options)
+    assert explained.plan.graph == plan.graph != graphopt.explain(model, x(), options={"memory_budget": 0.2}).plan.graph
+    assert {each.graph for each in explained.frontier().plans} == {plan.graph}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="plan .* is for another graph")
+        *_, saved = step(model, (x(),), backend="lowmem", options={**options, "preset": "compressed", "plan": plan})
+    assert saved == plan.bytes
+
+
 def test_transformers_with_a_loss():
     model, inputs = models.build("llama")
     options = {"memory_budget": 0.5}

@@ -71,6 +71,12 @@ def compile_with(options=None, backend="lowmem_eager"):
         ({"group_size": 128.0}, ["group_size", "16, 32", "128.0"]),
         ({"plan": 5}, ["plan", "graphopt.Plan", "path", "not 5"]),
         ({"preset": "paper", "memory_budget": 0.5}, ["'paper'", "memory_budget"]),
+        ({"preset": "paper", "tolerance": 0.1}, ["'tolerance'", "'preset' of 'paper'"]),
+        ({"preset": "exact", "tolerance": 0.1}, ["'exact'", "no tolerance"]),
+        ({"preset": "exact", "codecs": ["int8"]}, ["'exact'", "no codecs"]),
+        ({"memory_budget": 0.5, "disable": ["encode"]}, ["'memory_budget'", "'disable' of 'encode'"]),
+        ({"memory_budget": 0.5, "recompute": "stock"}, ["'memory_budget'", "'recompute' of 'stock'"]),
+        ({"codecs": ["int8"], "recompute": "stock"}, ["'codecs'", "'recompute' of 'stock'"]),
         ({"max_autotun": True}, ["did you mean 'max_autotune"]),
         ({"custom_partitioner_fn": None}, ["custom_partitioner_fn", "partitioner itself"]),
     ],
@@ -140,7 +146,7 @@ def test_what_is_not_given_follows_the_preset():
     assert dataclasses.replace(Options(), preset="paper").code == "relu3"
     assert Options("paper", approx_activation="off").code is None
     assert Options("paper", approx_activation="lloyd", recompute="pointwise").code == "lloyd"
-    assert Options("exact", tolerance=0.02).value("tolerance") == 0.02
+    assert Options("paper", recompute="pointwise", tolerance=0.02).value("tolerance") == 0.02
     assert str(Options("paper", approx_activation="off")) == "preset paper, approx_activation off"
     assert str(Options(tolerance=0.0, disable=["pack_mask"])) == "preset compressed, tolerance 0.0, without pack_mask"
 
@@ -204,6 +210,14 @@ def test_a_plan_may_be_given_by_its_path(plan, tmp_path):
 def test_a_plan_is_followed_whatever_the_preset_would_have_planned(captured, plan):
     followed = captured.lowmem(Options("smallest", plan=plan, approx_activation="off"))[2].plan
     assert followed == plan
+
+
+def test_a_plan_is_followed_where_it_fits_the_budget(captured, plan):
+    exact = saved(captured, preset="exact")  # which would do by itself
+    assert plan.bytes < exact
+    assert captured.lowmem(Options(plan=plan, memory_budget=exact))[2].plan == plan
+    with pytest.raises(PlanError, match=rf"saves {plan.bytes:,} bytes, and 'memory_budget' allows {plan.bytes - 1:,}"):
+        saved(captured, plan=plan, memory_budget=plan.bytes - 1)
 
 
 CORRUPT = {

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import graphopt
 from graphopt import passes
+from graphopt.pipeline import blamed
 
 
 @pytest.fixture
@@ -53,6 +54,13 @@ def test_a_bug_in_canonicalize_is_no_silent_eager(monkeypatch, model):
     monkeypatch.setattr(passes, "FORWARD", (bug,))
     with pytest.raises(graphopt.PassError, match="bug"):
         torch.compile(model, backend="lowmem_eager")(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("name, option", [("share_norm", "'share_norm'"), ("plan", "'encode'"), ("lower", None)])
+def test_the_error_says_how_to_leave_the_pass_out_where_that_is_possible(name, option):
+    with pytest.raises(graphopt.PassError) as error, blamed(name, fx.symbolic_trace(nn.Identity())):
+        raise KeyError
+    assert (f"the option 'disable' of {option} leaves it out" if option else "not in the model.") in str(error.value)
 
 
 @pytest.mark.parametrize("name", passes.NAMES)

@@ -102,6 +102,10 @@ class Plan:
         plan = _checked(cls, {**given, "choices": rows}, repr(name))
         return plan  # type: ignore[no-any-return]
 
+    def is_for(self, graph: fx.Graph) -> bool:
+        """Whether this is the joint graph, spelt out, that the plan was made for."""
+        return self.graph == fingerprint(graph)
+
     def diff(self, other: Plan) -> tuple[tuple[Choice | None, Choice | None], ...]:
         """The choices in which two plans differ, each as (here, there); None where one has no such value."""
         here = {each.node: each for each in self.choices}

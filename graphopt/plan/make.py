@@ -57,7 +57,7 @@ class Planning:
         states: int = 0,
     ) -> None:
         self.gm, self.stock, self.states = gm, stock, states
-        follows = given is not None and given.graph == fingerprint(gm.graph)
+        follows = given is not None and given.is_for(gm.graph)
         # a plan may recompute what it was made to, whatever is allowed now
         self.problem = problem_of(gm, num_fwd_outputs, stock, replace(settings, kernels=settings.kernels or follows))
         self.problem.graph.states = states

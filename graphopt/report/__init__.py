@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch._inductor.config as inductor_config
+
 from graphopt.errors import GraphoptError
-from graphopt.options import Options, parse
+from graphopt.options import Options, parse, with_preset
 from graphopt.pipeline import PassRecord
 from graphopt.plan import Plan
 from graphopt.report.grouping import Pair, matched
@@ -64,12 +66,14 @@ class Report:
     options: Options
     plan: Plan | None = None
     capture: Capture | None = field(default=None, repr=False, compare=False)
+    inductor_options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def frontier(self) -> Frontier:
         """The whole curve of plans: bytes against estimated time and error. It takes a cut for each of its points."""
         if self.capture is None:
             raise GraphoptError("this report was not made by graphopt.explain: there is no graph to make plans for")
-        return Frontier(tuple(self.capture.frontier(self.options)), self.plan)
+        with inductor_config.patch(dict(self.inductor_options)):
+            return Frontier(tuple(self.capture.frontier(self.options)), self.plan)
 
     @property
     def bytes_before(self) -> int:
@@ -133,8 +137,9 @@ def explain(
     `options` are those of torch.compile, `preset` one of them; without any, those of the environment are taken. Under
     FakeTensorMode any size of model will do. Raises OptionsError, and CaptureError as `capture` does.
     """
-    given = {**({"preset": preset} if preset else {}), **(options or {})}
-    own, _ = parse(given or None)
-    captured = capture(model, *inputs, **kwargs)
-    now, records, planning = captured.lowmem(own)
-    return Report(captured.saved, now, records, own, planning.plan if planning else None, captured)
+    own, patches = parse(with_preset(preset, options))
+    with inductor_config.patch(patches):
+        captured = capture(model, *inputs, **kwargs)
+        before = captured.saved
+        now, records, planning = captured.lowmem(own)
+    return Report(before, now, records, own, planning.plan if planning else None, captured, patches)
