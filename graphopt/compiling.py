@@ -151,5 +151,5 @@ no_empty_tails = attribute(CppKernelProxy, "codegen_functions", partial(_each_bo
 # Layers that are alike in all but their dropouts' seeds share their kernels, which are half of those of a GPT-2.
 seeds_by_argument = attribute(CppKernelProxy, "codegen_functions", partial(_each_body, _told_of_seeds))
 
-# A third of what a small kernel takes. Inductor's caches keep it under the command that stock would run.
+# More than a third of what a small kernel takes. Inductor's caches keep it under the command that stock would run.
 quick_links = attribute(cpp_builder, "run_compile_cmd", quickly)

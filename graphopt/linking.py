@@ -2,8 +2,8 @@
 
 A kernel of Inductor's C++ is a shared library that names torch's as those it needs, and what it calls there is looked
 up as it is loaded, when they have long been in memory. Only for their names does the linker read half a gigabyte, which
-is 0.5 of the 1.2 seconds that a small kernel takes. Empty libraries of the same names, kept in Inductor's cache, stand
-in for them meanwhile: a shared library may leave open what it calls.
+is 0.5 of the 1.2 to 1.4 seconds that a small kernel takes. Empty libraries of the same names, kept in Inductor's cache,
+stand in for them meanwhile: a shared library may leave open what it calls.
 """
 
 from __future__ import annotations

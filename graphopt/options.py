@@ -49,7 +49,8 @@ class Options:
                        "paper": LowMemoryBP as published (arXiv 2406.16282): shared norms, relu3 codes of activations.
     memory_budget      what each graph may save: a fraction of what stock Inductor saves (0 < f <= 1), or bytes (a whole
                        number above 1). The plan then spends the least time and error; tolerance, time_slack and
-                       recompute are unlimited where they are not given. Beside preset "exact" it stays exact.
+                       recompute are unlimited where they are not given, and rounding is stochastic. Beside preset
+                       "exact" it stays exact.
     tolerance          the relative error that a saved tensor may have, which decides the codecs allowed; 0: none.
     time_slack         the fraction of a step's time that a plan may cost, as estimated.
     codecs             names of the codecs that a plan may use, such as ("int8", "fp8", "int4-asymmetric-32-unbiased"),

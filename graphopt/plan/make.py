@@ -5,7 +5,7 @@
 
 Sensitivity is how much a value's error moves the gradient: the squared relative error of the gradient by that of the
 value. Measured (`graphopt.calibrate`) or, where it is not, the same for all values that are encoded, SENSITIVITY in
-sum: what six transformer blocks show on average, by a factor of two or three either way.
+sum: what six transformer blocks show on average, and up to five times less or twice more.
 """
 
 from __future__ import annotations
