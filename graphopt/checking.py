@@ -44,9 +44,11 @@ def check(
     The model returns a loss, an object with a `loss`, or tensors, of which the mean of squares is taken. It is compiled
     twice, in one graph of static shapes, and runs a few steps besides the `steps` timed pairs; parameters, gradients,
     buffers and the random state stay as they are. `options` are those of torch.compile; what is Inductor's own goes to
-    both. Raises OptionsError, PlanError, and CaptureError as `capture` does.
+    both. Raises OptionsError, PlanError, CaptureError as `capture` does, and TypeError for what is not a module.
     """
-    if steps < 1:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"check compares the gradients of a module's parameters; {model!r} is not a torch.nn.Module")
+    if type(steps) is not int or steps < 1:
         raise OptionsError(f"steps is a number of at least 1, not {steps!r}")
     given = with_preset(preset, options)
     own, patches = parse(given)

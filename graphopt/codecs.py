@@ -191,7 +191,7 @@ def named(name: str) -> Codec:
     if name == MASK.name:
         return MASK
     kind, *rest = name.split("-")
-    size = next((int(each) for each in rest if each.isdigit()), 64)
+    size = next((int(each) for each in rest if each.isdecimal()), 64)
     rounding = next((each for each, suffix in ROUNDINGS.items() if suffix in rest), "nearest")
     found = codec(kind, size, rounding, "asymmetric" not in rest)
     if found.name != name:

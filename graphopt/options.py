@@ -6,12 +6,13 @@ import difflib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin
 
-from graphopt.codecs import named, within
+from graphopt.codecs import MASK, Codec, named, within
 from graphopt.errors import OptionsError
 from graphopt.lowering.codes import SCHEMES
 from graphopt.plan import Plan
@@ -106,6 +107,8 @@ class Options:
             object.__setattr__(self, "codecs", _codecs(self.codecs))
             if self.group_size is not None or self.rounding is not None:
                 raise OptionsError("options 'codecs', 'group_size' and 'rounding': the names of codecs say both")
+            if self.codecs and not self._within_tolerance:
+                raise OptionsError(f"options 'codecs' and 'tolerance': all of them err by more than {self.tolerance!r}")
         if isinstance(self.plan, (str, Path)):
             object.__setattr__(self, "plan", Plan.load(self.plan))
         elif isinstance(self.plan, Mapping):
@@ -122,6 +125,8 @@ class Options:
             raise OptionsError(f"option 'disable' is a list of pass names, not {self.disable!r}")
         for name in self.disable:
             _one_of("disable", name, NAMES)
+        if self.approx_activation not in (None, "off") and "approx_activation" in self.disable:
+            raise OptionsError("options 'approx_activation' and 'disable': the second leaves out the pass of the first")
         object.__setattr__(self, "disable", tuple(sorted(set(self.disable))))
         for option in ("memory_budget", "plan", "codecs", "tolerance"):
             if getattr(self, option) and (off := self._no_plans):
@@ -168,6 +173,12 @@ class Options:
             return "'recompute' of 'stock'" if self.recompute else f"'preset' of {self.preset!r}"
         return ""
 
+    @property
+    def _within_tolerance(self) -> tuple[Codec, ...]:
+        """The codecs that are given, less those that err more than a tolerance that is given."""
+        allowed = math.inf if self.tolerance is None else self.tolerance
+        return tuple(each for each in map(named, self.codecs or ()) if each.error <= allowed)
+
     def settings(self, stock: int) -> Settings:
         """What a plan may use and is for, where stock Inductor saves `stock` bytes."""
         budget = self.memory_budget
@@ -176,8 +187,7 @@ class Options:
         tolerance = self.value("tolerance")
         codecs = within(tolerance, self.group_size or GROUP_SIZE, self.value("rounding"))
         if self.codecs is not None:
-            allowed = math.inf if self.tolerance is None else self.tolerance
-            codecs = tuple(each for each in map(named, self.codecs) if each.error <= allowed)
+            codecs = self._within_tolerance
         return Settings(codecs, self.value("recompute") == "any", goal)
 
     def __str__(self) -> str:
@@ -197,6 +207,8 @@ OWN = tuple(field.name for field in fields(Options))
 
 def with_preset(preset: str | None, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """`options` and the preset as one; None where neither is given, for which `parse` takes the environment's."""
+    if not isinstance(options, Mapping | None):
+        raise OptionsError(f"options are a dict such as {{'preset': 'exact'}}, not {options!r}")
     return {**({"preset": preset} if preset else {}), **(options or {})} or None
 
 
@@ -229,7 +241,7 @@ def _environment() -> dict[str, Any]:
     text = os.environ.get(ENVIRONMENT, "")
     try:
         found = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise OptionsError(f"{ENVIRONMENT} is not JSON ({error}): {text!r}") from None
     if not isinstance(found, dict):
         raise OptionsError(f'{ENVIRONMENT} must be a JSON object such as {{"preset": "exact"}}, not {text!r}')
@@ -237,7 +249,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise OptionsError(f"option {option!r}: {_nearest(str(value), allowed)}; allowed: {', '.join(allowed)}")
 
 
@@ -245,6 +257,8 @@ def _codecs(names: object) -> tuple[str, ...]:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise OptionsError(f"option 'codecs' is a list of names of codecs, not {names!r}")
     try:
+        if MASK.name in names:
+            raise OptionsError(f"{MASK.name!r} is for masks, which are packed in any case")
         return tuple(sorted({named(name).name for name in names}, key=lambda name: (named(name).error, name)))
     except OptionsError as error:
         raise OptionsError(f"option 'codecs': {error}") from None
@@ -253,7 +267,8 @@ def _codecs(names: object) -> tuple[str, ...]:
 def _number(option: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+    no_number = isinstance(value, bool) or not isinstance(value, (int, float))
+    if no_number or (value != math.inf and value > sys.float_info.max) or not holds(value):
         raise OptionsError(f"option {option!r} is {allowed}, not {value!r}")
 
 

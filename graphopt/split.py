@@ -170,11 +170,17 @@ class _Splitting:
             try:
                 with blamed("plan", graph):
                     planning = Planning(graph, self.outputs, stock, settings, options.plan, states)
-            except PlanError:
+            except PlanError as error:
                 fraction = options.memory_budget is not None and options.memory_budget <= 1
                 if options.code is None and options.plan is None and fraction and stock < SLIGHT:
                     return None, []
-                raise
+                more = states - best.crossing.random_state_bytes
+                if not more:
+                    raise
+                raise PlanError(
+                    f"{error}. {more:,} of them are what torch's cut of one plan saved between checkpointed regions; "
+                    f"without a plan {best.bytes:,} are saved in all"
+                ) from None
             bound = [bind(each, decisions=planning.decisions, num_fwd_outputs=self.outputs) for each in passes.PLANNED]
             gm, records = run(copy(planning.gm), self.joint_inputs, bound)
             halves = cut_as_tagged(gm, self.joint_inputs, **self.kwargs)

@@ -17,13 +17,27 @@ from graphopt.errors import CaptureError
 
 
 def untouched(model: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """torch.compile that leaves nothing on the model; once Lightning is imported it would keep its arguments there."""
-    before = dict(vars(model)) if isinstance(model, nn.Module) else None
+    """torch.compile that leaves nothing on the model; once Lightning is imported it would keep its arguments there.
+
+    What the model has of its own `compile()` stays, but is not what is called.
+    """
+    if not isinstance(model, nn.Module):
+        return torch.compile(model, **settings)
+    own = vars(model)
+    before = dict(own)
     function = torch.compile(model, **settings)
-    if before is not None:
-        vars(model).clear()
-        vars(model).update(before)
-    return function
+    own.clear()
+    own.update(before)
+
+    def call(*inputs: Any, **kwargs: Any) -> Any:
+        in_place = own.pop("_compiled_call_impl", None)
+        try:
+            return function(*inputs, **kwargs)
+        finally:
+            if in_place is not None:
+                own["_compiled_call_impl"] = in_place
+
+    return call
 
 
 def compiled(model: Callable[..., Any], backend: str | Callable[..., Any], options: Any = None) -> Callable[..., Any]:

@@ -125,6 +125,17 @@ def test_several_graphs_are_refused():
         graphopt.check(Broken(), torch.randn(8, WIDTH))
 
 
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, None, "3"])
+def test_steps_that_cannot_be_taken_are_refused(steps):
+    with pytest.raises(OptionsError, match="steps"):
+        graphopt.check(nn.Linear(4, 4), torch.randn(2, 4), steps=steps)
+
+
+def test_what_is_not_a_module_is_refused():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        graphopt.check(lambda x: x.square().sum(), torch.randn(2, 4, requires_grad=True))
+
+
 def test_options_that_are_not_allowed_are_refused():
     with pytest.raises(OptionsError, match="smallest"):
         graphopt.check(Block(), torch.randn(8, WIDTH), preset="smalest")

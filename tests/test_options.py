@@ -77,6 +77,12 @@ def compile_with(options=None, backend="lowmem_eager"):
         ({"memory_budget": 0.5, "disable": ["encode"]}, ["'memory_budget'", "'disable' of 'encode'"]),
         ({"memory_budget": 0.5, "recompute": "stock"}, ["'memory_budget'", "'recompute' of 'stock'"]),
         ({"codecs": ["int8"], "recompute": "stock"}, ["'codecs'", "'recompute' of 'stock'"]),
+        ({"time_slack": 10**400}, ["time_slack", "at least 0"]),
+        ({"rounding": torch.zeros(2)}, ["rounding", "nearest, stochastic"]),
+        ({"codecs": ["bits"]}, ["'codecs'", "for masks"]),
+        ({"codecs": ["int8-\u00b2"]}, ["'codecs'", "int8-\u00b2"]),
+        ({"codecs": ["int4"], "tolerance": 0.01}, ["'codecs'", "'tolerance'", "0.01"]),
+        ({"approx_activation": "relu3", "disable": ["approx_activation"]}, ["'approx_activation'", "'disable'"]),
         ({"max_autotun": True}, ["did you mean 'max_autotune"]),
         ({"custom_partitioner_fn": None}, ["custom_partitioner_fn", "partitioner itself"]),
     ],
@@ -99,7 +105,7 @@ def test_the_environment_is_read_where_no_options_are_given(monkeypatch):
     monkeypatch.setenv("GRAPHOPT_OPTIONS", json.dumps({"disable": ["pack_mask"]}))
     assert parse(None)[0].disable == ("pack_mask",)
     assert parse({})[0].disable == ()
-    for text in ("{preset", "[1]", '{"presett": "exact"}'):
+    for text in ("{preset", "[" * 100_000, "[1]", '{"presett": "exact"}'):
         monkeypatch.setenv("GRAPHOPT_OPTIONS", text)
         with pytest.raises(graphopt.OptionsError):
             compile_with()
@@ -203,6 +209,8 @@ def test_a_graph_that_saves_little_is_not_held_to_a_fraction_out_of_reach():
 def test_a_plan_may_be_given_by_its_path(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     assert Options(plan=str(tmp_path / "plan.json")) == Options(plan=tmp_path / "plan.json") == Options(plan=plan)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert Options(plan=data) == Options(plan={"version": 1, **dataclasses.asdict(plan)}) == Options(plan=plan)
     with pytest.raises(graphopt.OptionsError, match=r"'paper'.*plan"):
         Options("paper", plan=plan)
 
@@ -254,7 +262,7 @@ def test_a_corrupt_plan_says_what_is_wrong(plan, tmp_path, change, words):
     assert all(word in str(error.value) for word in ["plan.json", *words]), str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"keep", b"\xff\xfe\x00", b"[1, 2]", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"keep", b"[" * 100_000, b"\xff\xfe\x00", b"[1, 2]", b"null"])
 def test_a_file_that_is_no_plan_is_named(tmp_path, content):
     (tmp_path / "plan.json").write_bytes(content)
     with pytest.raises(PlanError, match=r"plan\.json"):

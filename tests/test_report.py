@@ -215,6 +215,19 @@ def test_more_saved_than_before_is_said_so(report):
     worse.plot().canvas.draw()
 
 
+@pytest.mark.parametrize("make, in_place", [(Block, lambda block: [block]), (stack, list)], ids=["whole", "by layers"])
+def test_a_model_compiled_in_place_is_explained_as_it_was(make, in_place):
+    model, options = make(), {"time_slack": 10.0}
+    before = graphopt.explain(model, tokens(), options=options)
+    assert before.bytes_now < before.bytes_before
+    for module in in_place(model):
+        module.compile(backend="lowmem_eager")
+    again = graphopt.explain(model, tokens(), options=options)
+    assert (again.bytes_before, again.bytes_now) == (before.bytes_before, before.bytes_now)
+    assert graphopt.calibrate(model, tokens(), options=options).stock == before.bytes_before
+    assert all(module._compiled_call_impl is not None for module in in_place(model))
+
+
 def test_a_model_without_gradients_is_refused():
     with pytest.raises(graphopt.CaptureError):
         graphopt.explain(lambda x: x * 2, torch.randn(3))
@@ -233,6 +246,8 @@ def test_a_logging_method_that_came_after_the_import_is_passed_over(monkeypatch)
 
 
 def test_options_are_checked():
+    with pytest.raises(graphopt.OptionsError, match="dict"):
+        graphopt.explain(nn.Linear(2, 2), torch.randn(1, 2), options="exact")
     with pytest.raises(graphopt.OptionsError, match="share_norm"):
         graphopt.explain(nn.Linear(4, 4), torch.randn(2, 4), options={"disable": ["share_nrom"]})
     with pytest.raises(graphopt.OptionsError, match="exact"):

@@ -83,6 +83,12 @@ def test_smallest_keeps_the_gradient_of_a_cross_entropy_that_is_sure(sure):
     assert error(Classifier(sure), SMALLEST) < 0.5
 
 
+@pytest.mark.parametrize("sure, least, most", [(3.6, 0.0, 0.01), (7.1, 0.1, 0.2), (8, 0.2, 0.33)])
+def test_the_surer_a_cross_entropy_the_more_eight_bits_err_as_the_limits_say(sure, least, most):
+    torch.manual_seed(0)
+    assert least < error(Classifier(sure), COMPRESSED) < most
+
+
 def test_queries_keys_and_probabilities_of_a_loss_cross_in_eight_bits():
     model = nn.Sequential(build("llama"), Classifier(0))
     plan = graphopt.explain(model, batch(), options=SMALLEST).plan

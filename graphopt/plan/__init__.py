@@ -85,7 +85,7 @@ class Plan:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"plan {str(path)!r} cannot be read: {error.strerror or error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"plan {str(path)!r} is not JSON: {error}") from None
         return cls.parse(found, str(path))
 
@@ -96,7 +96,7 @@ class Plan:
             raise PlanError(f"{name!r} is not a plan of version {VERSION}")
         given = {key: value for key, value in found.items() if key != "version"}
         choices = given.get("choices")
-        if not isinstance(choices, list):
+        if not isinstance(choices, (list, tuple)):  # the second by dataclasses.asdict
             raise PlanError(f"{name!r} has no list of choices")
         rows = tuple(_choice(row, f"{name!r}, choice {number}") for number, row in enumerate(choices))
         plan = _checked(cls, {**given, "choices": rows}, repr(name))
@@ -120,7 +120,7 @@ def _choice(row: Any, where: str) -> Choice:
     if not isinstance(row, dict):
         raise PlanError(f"{where}: not an object")
     shape = row.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) for size in shape):
         raise PlanError(f"{where}: 'shape' is not a list of numbers")
     choice: Choice = _checked(Choice, {**row, "shape": tuple(shape)}, where)
     if choice.decision not in (KEEP, RECOMPUTE):
