@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel")
+PACKAGES = ("triton", "transformers", "peft", "liger-kernel")
 
 
 def machine() -> dict[str, Any]:
@@ -67,7 +67,8 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    # torch's own word: the metadata of some builds leave out what they are built for
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
             found[package] = version(package)
