@@ -125,8 +125,6 @@ class Options:
             raise OptionsError(f"option 'disable' is a list of pass names, not {self.disable!r}")
         for name in self.disable:
             _one_of("disable", name, NAMES)
-        if self.approx_activation not in (None, "off") and "approx_activation" in self.disable:
-            raise OptionsError("options 'approx_activation' and 'disable': the second leaves out the pass of the first")
         object.__setattr__(self, "disable", tuple(sorted(set(self.disable))))
         for option in ("memory_budget", "plan", "codecs", "tolerance"):
             if getattr(self, option) and (off := self._no_plans):

@@ -82,7 +82,6 @@ def compile_with(options=None, backend="lowmem_eager"):
         ({"codecs": ["bits"]}, ["'codecs'", "for masks"]),
         ({"codecs": ["int8-\u00b2"]}, ["'codecs'", "int8-\u00b2"]),
         ({"codecs": ["int4"], "tolerance": 0.01}, ["'codecs'", "'tolerance'", "0.01"]),
-        ({"approx_activation": "relu3", "disable": ["approx_activation"]}, ["'approx_activation'", "'disable'"]),
         ({"max_autotun": True}, ["did you mean 'max_autotune"]),
         ({"custom_partitioner_fn": None}, ["custom_partitioner_fn", "partitioner itself"]),
     ],
