@@ -51,9 +51,7 @@ def lowmem(
     own, patches = parse(options)
     patches = {**(list_mode_options(mode) if mode else {}), **patches, "custom_partitioner_fn": Partitioner(own)}
     gm, _ = run(gm, example_inputs, passes.FORWARD, own.disable)
-    with inductor_config.patch(patches):
-        table = tracing_table()
-    return compile_fx(gm, example_inputs, _inner_compile, patches, table)  # type: ignore[return-value]
+    return compile_fx(gm, example_inputs, _inner_compile, patches, tracing_table(patches))  # type: ignore[return-value]
 
 
 def _reset() -> None:

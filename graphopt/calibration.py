@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-import torch._inductor.config as inductor_config
 from torch import Tensor, fx
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
@@ -102,10 +101,8 @@ class _Measuring(CustomPartitionerFn):
         self.leaves = [each for each in example_inputs if isinstance(each, Tensor) and each.requires_grad]
         gm, _ = run(gm, example_inputs, passes.FORWARD, self.options.disable)
         patches = {**self.patches, "custom_partitioner_fn": self}
-        with inductor_config.patch(patches):
-            table = tracing_table()
         with functorch_config.patch(enable_autograd_cache=False):
-            return compile_fx(gm, example_inputs, self._as_it_stands, patches, table)
+            return compile_fx(gm, example_inputs, self._as_it_stands, patches, tracing_table(patches))
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Halves:
         self.outputs, planning = kwargs["num_fwd_outputs"], split(gm, joint_inputs, self.options, **kwargs).planning

@@ -51,12 +51,18 @@ def test_other_commands_stay_as_they_are(command):
     assert with_stand_ins(command) == command
 
 
+@pytest.fixture
+def commands(monkeypatch):
+    """The compile commands that are run."""
+    found = []
+    compile_it = cpp_builder._run_compile_cmd
+    monkeypatch.setattr(cpp_builder, "_run_compile_cmd", lambda *args: found.append(args[0]) or compile_it(*args))
+    return found
+
+
 @on_linux
 @pytest.mark.slow
-def test_what_is_linked_so_is_loaded_and_runs(monkeypatch):
-    commands = []
-    compile_it = cpp_builder._run_compile_cmd
-    monkeypatch.setattr(cpp_builder, "_run_compile_cmd", lambda *args: commands.append(args[0]) or compile_it(*args))
+def test_what_is_linked_so_is_loaded_and_runs(commands):
     x = torch.randn(64, 64)
     with inductor.patch(force_disable_caches=True):
         found = torch.compile(lambda x: x.exp().sum(1) + x.erf().sum(1), backend="lowmem")(x)  # both of libtorch_cpu
@@ -84,10 +90,7 @@ def test_libraries_that_are_loaded_by_other_names_have_no_stand_ins(monkeypatch,
 
 
 @on_linux
-def test_vector_instructions_are_tried_out_as_before(monkeypatch, tmp_path):
-    commands = []
-    compile_it = cpp_builder._run_compile_cmd
-    monkeypatch.setattr(cpp_builder, "_run_compile_cmd", lambda *args: commands.append(args[0]) or compile_it(*args))
+def test_vector_instructions_are_tried_out_as_before(commands, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with quick_links:  # what is compiled is loaded by a process without torch
         VecAVX2().check_build(VecISA._avx_code)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 
@@ -34,9 +35,13 @@ def inductor_table() -> dict[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def tracing_table() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions without those of the canonical operators: what a joint graph is traced with."""
-    return {op: rule for op, rule in inductor_table().items() if op not in CANONICAL}
+def tracing_table(options: Mapping[str, Any] | None = None) -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions without those of the canonical operators: what a joint graph is traced with.
+
+    Which they are depends on Inductor's `options`, those that hold and those that are given.
+    """
+    with inductor_config.patch(dict(options or {})):
+        return {op: rule for op, rule in inductor_table().items() if op not in CANONICAL}
 
 
 def decompose(gm: fx.GraphModule, example_inputs: Sequence[object] = ()) -> fx.GraphModule:
